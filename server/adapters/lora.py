@@ -1,0 +1,73 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): y + (alpha / r) * x A^T B^T at linear layers."""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from server.adapters.base import AdapterMethod, MethodConfig
+from server.core import BackboneSpec, Site, SiteKind
+from server.errors import InvalidAdapter
+
+
+class LoraConfig(MethodConfig):
+    """PEFT's names. A target matches a linear layer whose path is the target or ends in `.target`."""
+
+    r: int = Field(8, ge=1)
+    lora_alpha: float = Field(8, gt=0, allow_inf_nan=False)
+    target_modules: tuple[str, ...] = Field(min_length=1)
+
+
+def matches(target: str, site: Site) -> bool:
+    """PEFT's rule for a list of target modules: a linear layer's whole path, or the end of it after a dot."""
+    return site.kind is SiteKind.LINEAR and (site.name == target or site.name.endswith(f".{target}"))
+
+
+class LoraWeights(NamedTuple):
+    """One site, ready for two matrix products."""
+
+    a: Tensor  # [size_in, r]
+    b: Tensor  # [r, size_out], scaled by alpha / r
+
+
+class Lora(AdapterMethod[LoraConfig, LoraWeights]):
+    """A low-rank addition to linear layers."""
+
+    name = "lora"
+    Config = LoraConfig
+
+    def sites(self, config: LoraConfig, spec: BackboneSpec) -> list[Site]:
+        """The linear layers that the targets name; each target has to name at least one."""
+        found: dict[Site, None] = {}
+        for target in config.target_modules:
+            hits = [site for site in spec.sites if matches(target, site)]
+            if not hits:
+                raise InvalidAdapter(
+                    f"target module {target!r} is not a linear layer of the backbone ({spec.model_type})",
+                    param="target_modules",
+                    code="unknown_target",
+                )
+            found |= dict.fromkeys(hits)
+        return list(found)
+
+    def shapes(self, config: LoraConfig, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
+        """PEFT's names and orientation."""
+        return {"lora_A": (config.r, size_in), "lora_B": (size_out, config.r)}
+
+    def init(self, config: LoraConfig, size_in: int, size_out: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """PEFT's default: Kaiming-uniform A, zero B, so that training starts at the bare backbone."""
+        bound = 1 / math.sqrt(size_in)
+        a = torch.empty(config.r, size_in).uniform_(-bound, bound, generator=generator)
+        return {"lora_A": a, "lora_B": torch.zeros(size_out, config.r)}
+
+    def bind(self, config: LoraConfig, params: Mapping[str, Tensor]) -> LoraWeights:
+        """Transposes both factors and folds alpha / r into B."""
+        scale = config.lora_alpha / config.r
+        return LoraWeights(params["lora_A"].t().contiguous(), (params["lora_B"] * scale).t().contiguous())
+
+    def apply(self, weights: LoraWeights, x: Tensor, y: Tensor) -> Tensor:
+        """y + x A B."""
+        return torch.addmm(y, x @ weights.a, weights.b)

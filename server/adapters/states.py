@@ -1,0 +1,40 @@
+"""TextStates: what a forward pass gives to the task heads."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from server.core import Pooling
+
+
+@dataclass
+class TextStates:
+    """The last hidden states of a batch of texts, without padding, whatever layout produced them."""
+
+    tokens: Tensor  # [tokens, hidden]
+    lengths: Sequence[int]  # tokens of each text, in order
+    pooler: Callable[[Tensor], Tensor] | None
+    """The backbone's own pooler, [texts, hidden] -> [texts, hidden], if its checkpoint has one."""
+    _pooled: dict[Pooling, Tensor] = field(default_factory=dict)
+
+    def pooled(self, pooling: Pooling) -> Tensor:
+        """One float32 vector per text, [texts, hidden]; computed once for all texts of the batch."""
+        if pooling not in self._pooled:
+            self._pooled[pooling] = self._pool(pooling).float()
+        return self._pooled[pooling]
+
+    def _pool(self, pooling: Pooling) -> Tensor:
+        lengths = torch.tensor(self.lengths).to(self.tokens.device, non_blocking=True)
+        if pooling is Pooling.MEAN:
+            owner = torch.repeat_interleave(lengths, output_size=self.tokens.shape[0])
+            # float32, since a sum over hundreds of tokens loses what bfloat16 keeps of each
+            sums = torch.zeros(len(self.lengths), self.tokens.shape[1], device=self.tokens.device)
+            return sums.index_add(0, owner, self.tokens.float()) / lengths[:, None]
+        first = self.tokens[lengths.cumsum(0) - lengths]
+        if pooling is Pooling.POOLER:
+            if self.pooler is None:
+                raise ValueError("this backbone has no pooler")  # checked when the adapter was loaded
+            return self.pooler(first)
+        return first

@@ -1,0 +1,1 @@
+"""The frozen backbone: loading, batches, and the places where adapters touch it."""

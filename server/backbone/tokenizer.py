@@ -1,0 +1,57 @@
+"""Texts to token ids, safely from several threads at once."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from tokenizers import Tokenizer as FastTokenizer
+from transformers import AutoTokenizer
+
+from server.core import Encoding
+from server.errors import BackboneError, TooLarge
+
+
+class Tokenizer:
+    """The backbone's own tokenizer.
+
+    transformers switches truncation on inside the shared Rust object at each call, which breaks under threads; here
+    the object is never changed: texts are encoded whole, cut, and then given their special tokens.
+    """
+
+    def __init__(self, fast: FastTokenizer, max_tokens: int) -> None:
+        """`max_tokens` counts the special tokens too."""
+        fast.no_padding()
+        fast.no_truncation()
+        self._fast = fast
+        self.max_tokens = max_tokens
+        self._room = max_tokens - fast.num_special_tokens_to_add(is_pair=False)
+
+    @classmethod
+    def load(cls, source: str, max_tokens: int) -> "Tokenizer":
+        """The tokenizer in the backbone's folder; the shorter of its and the model's limit counts."""
+        try:
+            loaded: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise BackboneError(f"no tokenizer can be loaded from {source!r}: {error}") from error
+        fast = getattr(loaded, "backend_tokenizer", None)
+        if not isinstance(fast, FastTokenizer):
+            raise BackboneError(f"the tokenizer of {source!r} has no tokenizer.json form, which adapterd needs")
+        return cls(fast, min(max_tokens, loaded.model_max_length))
+
+    def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Encoding]:
+        """Token ids with special tokens. Where a text is too long it is cut, or TooLarge names its index."""
+        encodings = []
+        for index, raw in enumerate(self._fast.encode_batch(list(texts), add_special_tokens=False)):
+            truncated = len(raw.ids) > self._room
+            if truncated:
+                if not truncate:
+                    length = len(raw.ids) + self.max_tokens - self._room
+                    raise TooLarge(
+                        f"the text has {length} tokens, the backbone takes {self.max_tokens}; shorten it or send "
+                        "truncate: true",
+                        param=f"inputs.{index}",
+                        code="text_too_long",
+                    )
+                raw.truncate(self._room)
+            whole = self._fast.post_process(raw)
+            encodings.append(Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated))
+        return encodings

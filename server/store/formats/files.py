@@ -1,0 +1,88 @@
+"""The files of an upload: loose ones and archives, in memory, with nothing ever written to a path they name."""
+
+import io
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import PurePosixPath
+from typing import IO
+
+from server.errors import InvalidAdapter, TooLarge
+
+MAX_FILES = 256
+"""Files in one upload; a checkpoint has a handful."""
+
+
+def gather(uploads: list[tuple[str, bytes]], max_bytes: int) -> dict[str, bytes]:
+    """Path -> content of (file name, content) pairs; .zip, .tar.gz and .tgz are unpacked.
+
+    Raises InvalidAdapter naming the file for an unsafe path or a broken archive, TooLarge for contents over
+    `max_bytes` in all, however small they are while compressed.
+    """
+    files: dict[str, bytes] = {}
+    room = max_bytes
+    for name, data in uploads:
+        for path, content in _contents(name, data, room):
+            if path in files:
+                raise InvalidAdapter(f"file {path!r} is there twice", param=path, code="bad_file")
+            if len(files) == MAX_FILES:
+                raise InvalidAdapter(f"more than {MAX_FILES} files", param="files", code="bad_file")
+            files[path] = content
+            room -= len(content)
+    return files
+
+
+def required(files: Mapping[str, bytes], name: str) -> bytes:
+    """A file that has to be there."""
+    if name not in files:
+        raise InvalidAdapter(f"file {name!r} is missing", param=name, code="missing_file")
+    return files[name]
+
+
+def _contents(name: str, data: bytes, room: int) -> Iterator[tuple[str, bytes]]:
+    lower = name.lower()
+    archive = _zip if lower.endswith(".zip") else _tar if lower.endswith((".tar.gz", ".tgz")) else None
+    if archive is None:
+        _within(room, len(data))
+        yield _safe(name), data
+        return
+    try:
+        for path, open_member in archive(data):
+            safe = _safe(path)
+            with open_member() as stream:
+                content = stream.read(room + 1)  # never trusts the size that the archive declares
+            _within(room, len(content))
+            room -= len(content)
+            yield safe, content
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+        raise InvalidAdapter(f"archive {name!r} cannot be read: {error}", param=name, code="bad_file") from error
+
+
+def _zip(data: bytes) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for info in archive.infolist():
+            if not info.is_dir():
+                yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
+
+
+def _tar(data: bytes) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+        for member in archive:
+            if member.isdir():
+                continue
+            if not member.isreg():
+                raise InvalidAdapter(f"{member.name!r} is not a plain file", param=member.name, code="bad_file")
+            yield member.name, lambda member=member: archive.extractfile(member)  # type: ignore[misc]
+
+
+def _safe(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts or not path.name:
+        raise InvalidAdapter(f"file name {name!r} is not allowed", param=name or "files", code="unsafe_path")
+    return str(path)
+
+
+def _within(room: int, size: int) -> None:
+    if size > room:
+        raise TooLarge("the files of this adapter are over the server's limit", param="files")

@@ -1,0 +1,65 @@
+"""What a task is: the head on top of the backbone's states, its loss, and how its outputs read as an answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from server.adapters.states import TextStates
+from server.core import BackboneSpec, Prediction
+
+HEAD = "head/"
+"""Prefix of a head's tensors in the neutral artifact."""
+
+
+class HeadConfig(BaseModel):
+    """Options of a head. An unknown one is an error, never ignored."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+ConfigT = TypeVar("ConfigT", bound=HeadConfig)
+HeadT = TypeVar("HeadT")
+
+
+class Task(ABC, Generic[ConfigT, HeadT]):
+    """One kind of task. Stateless: an instance is shared by all adapters of the kind."""
+
+    name: ClassVar[str]
+    Config: ClassVar[type[HeadConfig]]
+
+    @abstractmethod
+    def check(self, config: ConfigT, labels: Sequence[str], spec: BackboneSpec) -> None:
+        """Raises InvalidAdapter where this backbone cannot carry such a head, or the labels make no sense."""
+
+    @abstractmethod
+    def shapes(self, config: ConfigT, labels: Sequence[str], spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
+        """Artifact tensor name -> shape."""
+
+    @abstractmethod
+    def init(
+        self, config: ConfigT, labels: Sequence[str], spec: BackboneSpec, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        """Fresh float32 tensors for training, of the shapes that `shapes` gives."""
+
+    @abstractmethod
+    def bind(self, config: ConfigT, tensors: Mapping[str, Tensor]) -> HeadT:
+        """Prepares a head's tensors for `apply`. Differentiable."""
+
+    @abstractmethod
+    def apply(self, head: HeadT, states: TextStates, start: int, end: int) -> Tensor:
+        """Raw outputs for the texts start..end of a batch, one row each. Pure and differentiable."""
+
+    @abstractmethod
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The scalar that training minimizes."""
+
+    @abstractmethod
+    def decode(self, outputs: Tensor, labels: Sequence[str]) -> list[Prediction]:
+        """Raw outputs as answers, one per text."""
+
+
+AnyTask = Task[Any, Any]
