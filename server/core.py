@@ -89,6 +89,15 @@ class LabelScore:
     score: float
 
 
+def check_text(text: str) -> str:
+    """JSON can carry halves of characters (lone surrogates), which no tokenizer and no answer can. ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("the text is not valid Unicode") from None
+    return text
+
+
 Prediction = list[LabelScore]
 """All labels of one text, best first."""
 

@@ -10,6 +10,7 @@ AdapterdError
 ├── StoreUnavailable        503  the store failed; carries Retry-After
 ├── ShuttingDown            503
 ├── CorruptVersion          500  a stored version that is not what its name says
+├── UnservableAdapter       500  a stored version that was made for another backbone
 └── BackboneError           500  the backbone cannot be loaded or served
 """
 
@@ -102,6 +103,12 @@ class CorruptVersion(AdapterdError):
     """The bytes of a stored version do not match the digest that names it."""
 
     code = "corrupt_version"
+
+
+class UnservableAdapter(AdapterdError):
+    """A stored adapter does not fit this server's backbone."""
+
+    code = "unservable_adapter"
 
 
 class BackboneError(AdapterdError):

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, Va
 from safetensors import SafetensorError
 from torch import Tensor
 
+from server.core import check_text
 from server.errors import CorruptVersion, InvalidAdapter
 
 MANIFEST = "manifest.json"
@@ -29,7 +30,7 @@ def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     return labels
 
 
-Label = Annotated[str, Field(min_length=1, max_length=256)]
+Label = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(check_text)]
 Labels = Annotated[tuple[Label, ...], Field(min_length=1, max_length=10_000), AfterValidator(_distinct)]
 
 

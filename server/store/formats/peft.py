@@ -1,11 +1,11 @@
 """PEFT checkpoints, exactly as `save_pretrained` writes them: adapter_config.json and adapter_model.safetensors."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic_core import from_json
 
 from server.adapters import METHODS
 from server.adapters.base import check_tensors, tensor_name
@@ -169,8 +169,8 @@ def _labels(files: Mapping[str, bytes], labels: Sequence[str] | None, classifier
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
-        document = json.loads(required(files, name))
-    except (ValueError, RecursionError) as error:
+        document = from_json(required(files, name))
+    except ValueError as error:
         raise InvalidAdapter(f"{name} is not JSON: {error}", param=name, code="bad_file") from error
     if not isinstance(document, dict):
         raise InvalidAdapter(f"{name} is not a JSON object", param=name, code="bad_file")

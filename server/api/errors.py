@@ -1,0 +1,83 @@
+"""Every error as one JSON shape: {"error": {"message", "type", "param", "code", "request_id"}}."""
+
+from http import HTTPStatus
+from typing import Any
+
+from asgi_correlation_id import correlation_id
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from server.api.schemas import ErrorAnswer, ErrorBody
+from server.errors import AdapterdError
+from server.logs import get_logger
+
+log = get_logger("adapterd.api")
+
+MAX_WORDS = 1000
+"""Characters of an error's message."""
+
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase} for status in (404, 413, 422, 429, 503)
+}
+"""For the OpenAPI document."""
+
+
+def install(app: FastAPI) -> None:
+    """Makes `app` answer every exception in this shape."""
+    app.add_exception_handler(AdapterdError, _handle)
+    app.add_exception_handler(RequestValidationError, _handle)
+    app.add_exception_handler(HTTPException, _handle)
+    app.add_exception_handler(Exception, _handle)
+
+
+async def _handle(_: Request, error: Exception) -> JSONResponse:
+    headers: dict[str, str] = {}
+    if isinstance(error, RequestValidationError):
+        status, body = 422, _validation(error)
+    elif isinstance(error, HTTPException):
+        status, body = error.status_code, _http(error)
+        headers.update(error.headers or {})
+    elif isinstance(error, AdapterdError):
+        status, body = error.status, _body(error.message, error.type, error.error_code, error.param)
+        if error.retry_after is not None:
+            headers["Retry-After"] = str(error.retry_after)
+    else:
+        # The middleware that caught it raises it again, so the server logs the traceback.
+        status, body = 500, _body("the server failed on this request", "server_error", "internal_error")
+    if status >= 500:
+        log.error("request failed", status=status, code=body.code, error=str(error))
+    return JSONResponse(ErrorAnswer(error=body).model_dump(), status, headers)
+
+
+def _body(message: str, type_: str, code: str, param: str | None = None) -> ErrorBody:
+    return ErrorBody(
+        message=_printable(message),
+        type=type_,
+        param=_printable(param) if param else None,
+        code=code,
+        request_id=correlation_id.get(),
+    )
+
+
+def _printable(text: str) -> str:
+    """A client's words come back in errors: no more of them than helps, and only what an answer can carry."""
+    return text[:MAX_WORDS].encode(errors="replace").decode()
+
+
+def _validation(error: RequestValidationError) -> ErrorBody:
+    """The first wrong field; where it is, is told without the part of the request it lies in."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return _body(f"the body is not JSON: {first['ctx']['error']}", "invalid_request_error", "invalid_json")
+    param = ".".join(str(part) for part in first["loc"][1:]) or None
+    message = first["msg"].removeprefix("Value error, ")
+    return _body(f"{param}: {message}" if param else message, "invalid_request_error", "invalid_request", param)
+
+
+def _http(error: HTTPException) -> ErrorBody:
+    """Errors of the framework itself: no such route, wrong method, body too large."""
+    phrase = HTTPStatus(error.status_code).phrase
+    code = phrase.lower().replace(" ", "_")
+    return _body(str(error.detail), "invalid_request_error", "too_large" if error.status_code == 413 else code)

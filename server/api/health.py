@@ -1,0 +1,62 @@
+"""For orchestrators, scrapers and people: /livez /readyz /metrics /info."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+
+import server
+from server.adapters import METHODS
+from server.api.deps import EngineDep, MetricsDep, SettingsDep
+from server.api.schemas import BackboneInfo, Info, Limits
+from server.errors import ShuttingDown
+from server.tasks import TASKS
+
+router = APIRouter(tags=["operations"])
+
+
+@router.get("/livez")
+async def livez() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+async def readyz(engine: EngineDep) -> dict[str, str]:
+    """Requests can be answered; 503 where they cannot."""
+    if not engine.ready:
+        raise ShuttingDown("the device's thread is not running")
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(series: MetricsDep) -> Response:
+    """Prometheus series."""
+    return Response(series.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+
+
+@router.get("/info")
+async def info(engine: EngineDep, settings: SettingsDep) -> Info:
+    """What this server is and what it takes."""
+    spec = engine.spec
+    return Info(
+        version=server.__version__,
+        backbone=BackboneInfo(
+            name=spec.name,
+            model_type=spec.model_type,
+            fingerprint=spec.fingerprint,
+            hidden_size=spec.hidden_size,
+            layers=spec.num_layers,
+            max_tokens=spec.max_tokens,
+            device=engine.device,
+            dtype=engine.dtype,
+            layout=engine.layout,
+        ),
+        methods=list(METHODS),
+        tasks=list(TASKS),
+        limits=Limits(
+            max_inputs=settings.max_inputs,
+            max_body_bytes=settings.max_body_bytes,
+            max_upload_bytes=settings.max_upload_bytes,
+            max_batch_tokens=settings.max_batch_tokens,
+            max_queue_tokens=settings.max_queue_tokens,
+        ),
+    )

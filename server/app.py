@@ -1,0 +1,59 @@
+"""create_app: where everything is put together. Nothing happens at import."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from asgi_correlation_id import CorrelationIdMiddleware
+from fastapi import FastAPI
+
+import server
+from server.api import admin, classify, errors, health
+from server.api.middleware import LimitBody, Observe
+from server.backbone.backbone import Backbone
+from server.engine.engine import Engine
+from server.metrics import Metrics
+from server.settings import Settings
+from server.store.store import AdapterStore
+
+
+def create_app(settings: Settings, *, backbone: Backbone | None = None, store: AdapterStore | None = None) -> FastAPI:
+    """The application. The backbone and the store are opened when it starts, unless they are given.
+
+    Raises BackboneError or StoreUnavailable at start-up where one of them cannot be had.
+    """
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = Engine(
+            backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype),
+            store or AdapterStore.open(settings.store),
+            settings,
+            metrics,
+        )
+        engine.start()
+        app.state.engine = engine
+        yield
+        engine.stop()
+
+    app = FastAPI(title="adapterd", version=server.__version__, lifespan=lifespan)
+    app.state.settings = settings
+    app.state.metrics = metrics
+    app.include_router(classify.router)
+    app.include_router(admin.router)
+    app.include_router(health.router)
+    errors.install(app)
+    app.add_middleware(LimitBody, limit=partial(_body_limit, settings))
+    app.add_middleware(Observe, metrics=metrics)
+    app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)  # outermost, so that every line has the id
+    return app
+
+
+def _body_limit(settings: Settings, path: str) -> int:
+    return settings.max_upload_bytes if path.startswith(admin.router.prefix) else settings.max_body_bytes
+
+
+def _is_request_id(value: str) -> bool:
+    """A client's own X-Request-ID is kept if it can stand in a log line."""
+    return len(value) <= 128 and value.isascii() and value.isprintable()

@@ -1,0 +1,69 @@
+"""Which release of each adapter serves, as of at most a poll interval ago."""
+
+from collections.abc import Callable
+from concurrent.futures import Executor
+
+from rapidfuzz import process
+
+from server.engine.once import Once
+from server.errors import StoreUnavailable, UnknownAdapter
+from server.logs import get_logger
+from server.store.store import NAME, AdapterStore, Release
+
+log = get_logger("adapterd.catalog")
+
+
+class Catalog:
+    """The store's releases as this process knows them.
+
+    An adapter's release is read again when it is asked for and older than the poll interval; adapters nobody asks for
+    cost nothing. Where the store fails, the last known release goes on serving.
+    """
+
+    def __init__(
+        self, store: AdapterStore, executor: Executor, *, poll_seconds: float, clock: Callable[[], float]
+    ) -> None:
+        """`clock` gives seconds; only differences count."""
+        self._store = store
+        self._poll_seconds = poll_seconds
+        self._clock = clock
+        self._known: dict[str, tuple[float, Release]] = {}
+        self._releases = Once[Release | None](executor)
+        self._names = Once[list[str]](executor)
+
+    async def serving(self, name: str) -> tuple[Release, str]:
+        """The release that serves and its version. Raises UnknownAdapter naming the nearest known name."""
+        release = await self._current(name) if NAME.fullmatch(name) else None
+        if release is None:
+            raise await self._unknown(name)
+        if release.version is None:
+            raise UnknownAdapter(f"adapter {name!r} was deleted in release {release.number}", param="adapter")
+        return release, release.version
+
+    def note(self, name: str, release: Release) -> None:
+        """A release that this process made itself."""
+        self._known[name] = (self._clock(), release)
+
+    async def names(self) -> list[str]:
+        """All names in the store, sorted; deleted ones included."""
+        return await self._names.call("names", self._store.names)
+
+    async def _current(self, name: str) -> Release | None:
+        read_at, known = self._known.get(name, (None, None))
+        if read_at is not None and self._clock() - read_at <= self._poll_seconds:
+            return known
+        try:
+            release = await self._releases.call(name, lambda: self._store.current(name))
+        except StoreUnavailable as error:
+            if known is None:
+                raise
+            log.warning("store failed, serving the last known release", adapter=name, error=error.message)
+            release = known
+        if release is not None and (known is None or release.number >= known.number):
+            self.note(name, release)
+        return release
+
+    async def _unknown(self, name: str) -> UnknownAdapter:
+        nearest = process.extractOne(name, await self.names(), score_cutoff=60)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        return UnknownAdapter(f"no adapter is called {name[:140]!r}{hint}", param="adapter")

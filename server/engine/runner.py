@@ -1,0 +1,62 @@
+"""A batch of texts, each with its adapter, to their answers. Runs on the thread that owns the device."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+
+from server.adapters.plan import AdapterPlan, Segment
+from server.backbone.backbone import Backbone
+from server.core import Encoding
+from server.errors import AdapterdError
+from server.tasks.adapter import TaskAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One text and the adapter that answers it."""
+
+    text: Encoding
+    adapter: TaskAdapter
+    raw: bool = False
+    """Wants the head's raw outputs, a list of floats, instead of a prediction."""
+
+
+class Runner:
+    """Sorts a batch by adapter, plans it, runs the backbone once and every adapter's head on its own texts."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        """The backbone belongs to the runner's thread from here on."""
+        self._backbone = backbone
+
+    @torch.inference_mode()
+    def run(self, rows: Sequence[Row]) -> list[Any]:
+        """One answer per row, in the rows' order. Raises if any of them cannot be computed."""
+        answers: list[Any] = [None] * len(rows)
+        for chunk in self._backbone.chunks([len(row.text) for row in rows]):
+            order = sorted(chunk, key=lambda index: (id(rows[index].adapter), rows[index].raw))
+            for index, answer in zip(order, self._run([rows[index] for index in order]), strict=True):
+                answers[index] = answer
+        return answers
+
+    def _run(self, rows: list[Row]) -> list[Any]:
+        """One forward over rows whose adapters' runs are contiguous."""
+        runs: list[tuple[Row, int, int]] = []  # a row that stands for its run, first text, one past the last
+        start = 0
+        for _, group in groupby(rows, key=lambda row: (id(row.adapter), row.raw)):
+            members = list(group)
+            runs.append((members[0], start, start + len(members)))
+            start += len(members)
+        plan = AdapterPlan([Segment(row.adapter.weights, first, end) for row, first, end in runs])
+        states = self._backbone.forward([row.text for row in rows], plan)
+        # All heads are launched before any output is fetched, since fetching waits for the device.
+        outputs = [row.adapter.task.apply(row.adapter.head, states, first, end) for row, first, end in runs]
+        answers: list[Any] = []
+        for (row, _, _), output in zip(runs, outputs, strict=True):
+            values = output.float().cpu()
+            if not bool(torch.isfinite(values).all()):
+                raise AdapterdError("the adapter's outputs are not finite for this text", code="not_finite_output")
+            answers += values.tolist() if row.raw else row.adapter.task.decode(values, row.adapter.labels)
+        return answers

@@ -1,0 +1,60 @@
+"""Runs the application under uvicorn and tells the person at the terminal that it is up, and how to try it."""
+
+import json
+import socket
+
+import uvicorn
+from fastapi import FastAPI
+from transformers.utils.logging import disable_progress_bar
+
+from server import logs
+from server.app import create_app
+from server.engine.engine import Engine
+from server.errors import AdapterdError
+from server.settings import Settings
+
+log = logs.get_logger("adapterd")
+
+
+class _Server(uvicorn.Server):
+    """uvicorn, which speaks once its sockets listen."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            host, port = self.servers[0].sockets[0].getsockname()[:2]
+            assert isinstance(self.config.app, FastAPI)
+            print(await _greeting(self.config.app.state.engine, f"http://{host}:{port}"), flush=True)
+
+
+def run(settings: Settings) -> int:
+    """Serves until a signal ends it. Returns the exit status."""
+    logs.configure(settings.log_level, settings.log_format)
+    disable_progress_bar()
+    config = uvicorn.Config(
+        create_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False
+    )
+    server = _Server(config)
+    server.run()
+    return 0 if server.started else 3
+
+
+async def _greeting(engine: Engine, url: str) -> str:
+    """The address, and a curl line that works if the store has anything to try."""
+    spec = engine.spec
+    lines = [
+        "",
+        f"adapterd serves {spec.name} ({engine.dtype} on {engine.device}) at {url}",
+        f"API documentation: {url}/docs",
+    ]
+    try:
+        described, _ = await engine.page(limit=1)
+    except AdapterdError as error:
+        lines.append(f"The store cannot be read at the moment: {error.message}")
+    else:
+        if described:
+            body = json.dumps({"adapter": described[0].name, "inputs": "What a lovely day"})
+            lines += ["Try it:", f"  curl -s {url}/classify -H 'content-type: application/json' -d '{body}'"]
+        else:
+            lines.append("The store is empty; upload an adapter with PUT /admin/adapters/{name}")
+    return "\n".join([*lines, ""])
