@@ -18,26 +18,26 @@ from server.store.store import AdapterStore
 
 
 def create_app(settings: Settings, *, backbone: Backbone | None = None, store: AdapterStore | None = None) -> FastAPI:
-    """The application. The backbone and the store are opened when it starts, unless they are given.
+    """The application over the backbone and the store of its settings, unless others are given.
 
-    Raises BackboneError or StoreUnavailable at start-up where one of them cannot be had.
+    Raises BackboneError or StoreUnavailable where one of them cannot be had.
     """
     metrics = Metrics()
+    engine = Engine(
+        backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype),
+        store or AdapterStore.open(settings.store),
+        settings,
+        metrics,
+    )
 
     @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine = Engine(
-            backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype),
-            store or AdapterStore.open(settings.store),
-            settings,
-            metrics,
-        )
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
-        app.state.engine = engine
         yield
         engine.stop()
 
     app = FastAPI(title="adapterd", version=server.__version__, lifespan=lifespan)
+    app.state.engine = engine
     app.state.settings = settings
     app.state.metrics = metrics
     app.include_router(classify.router)

@@ -46,7 +46,7 @@ def configure(level: str, style: str) -> None:
     root.setLevel(level.upper())
     for name, quiet in (("uvicorn.access", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(quiet)  # our own access line has the route, the time and the request id
-    for name in ("uvicorn", "uvicorn.error", "transformers"):
+    for name in ("uvicorn", "uvicorn.error", "transformers", "huggingface_hub"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
     logging.getLogger("transformers").setLevel(max(logging.WARNING, root.level))

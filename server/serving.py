@@ -2,6 +2,7 @@
 
 import json
 import socket
+import sys
 
 import uvicorn
 from fastapi import FastAPI
@@ -31,12 +32,14 @@ def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
-    config = uvicorn.Config(
-        create_app(settings), host=settings.host, port=settings.port, log_config=None, access_log=False
-    )
-    server = _Server(config)
+    try:
+        app = create_app(settings)
+    except AdapterdError as error:
+        print(f"adapterd: {error.message}", file=sys.stderr)
+        return 1
+    server = _Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None, access_log=False))
     server.run()
-    return 0 if server.started else 3
+    return 0 if server.started else 1
 
 
 async def _greeting(engine: Engine, url: str) -> str:

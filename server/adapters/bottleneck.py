@@ -31,7 +31,7 @@ class BottleneckConfig(MethodConfig):
     """An adapter after the multi-head attention."""
     output_adapter: bool = True
     """An adapter after the feed-forward network."""
-    reduction_factor: float = Field(16, gt=0, allow_inf_nan=False)
+    reduction_factor: float = Field(16, ge=1e-3, allow_inf_nan=False)
     """Hidden size over bottleneck size."""
     non_linearity: Literal["relu", "gelu", "swish", "tanh"] = "relu"
 

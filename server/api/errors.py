@@ -44,8 +44,10 @@ async def _handle(_: Request, error: Exception) -> JSONResponse:
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
     else:
-        # The middleware that caught it raises it again, so the server logs the traceback.
+        # Caught outside all other middleware, which therefore adds nothing to this answer; and raised again, so that
+        # the traceback is logged.
         status, body = 500, _body("the server failed on this request", "server_error", "internal_error")
+        headers["X-Request-ID"] = body.request_id or ""
     if status >= 500:
         log.error("request failed", status=status, code=body.code, error=str(error))
     return JSONResponse(ErrorAnswer(error=body).model_dump(), status, headers)

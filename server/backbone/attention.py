@@ -16,7 +16,8 @@ PACKED = "adapterd_packed"
 
 WINDOW_TOKENS = 64
 """Short neighbours share one attention call under a block-diagonal mask, up to this many tokens together. A call
-costs about 40 us whatever its size, masked-out work grows with the square of the window; 64 was the best of 32..256 on CPU."""
+costs about 40 us whatever its size, masked-out work grows with the square of the window; 64 was the best of 32..256
+on CPU."""
 
 
 class PackedTexts:

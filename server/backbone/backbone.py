@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
+from server.adapters.lora import matches
 from server.adapters.plan import NO_ADAPTERS, AdapterPlan
 from server.adapters.states import TextStates
 from server.backbone import attention
@@ -77,7 +78,10 @@ class Backbone:
         self.tokenizer = tokenizer
         self._plan = NO_ADAPTERS
         self._first_position = first_position(model.config)
-        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters
+        # Families without type embeddings may still take the argument, and add something else for it (GPT-2).
+        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters and bool(
+            getattr(model.config, "type_vocab_size", 0)
+        )
         candidates = find_sites(model, model.config)
         for site, (module, _, _) in candidates.items():
             module.register_forward_hook(self._hook(site))
@@ -96,7 +100,7 @@ class Backbone:
             sites={site: (size_in, size_out) for site, (_, size_in, size_out) in candidates.items() if site in sites},
             poolings=frozenset(Pooling) if has_pooler else frozenset(Pooling) - {Pooling.POOLER},
             classifier_pooling=family.classifier_pooling if family else None,
-            default_targets=family.targets if family else (),
+            default_targets=_present(family.targets, sites) if family else (),
         )
         self._pooler = self._pool if has_pooler else None
 
@@ -118,7 +122,7 @@ class Backbone:
         source = resolve(name)
         try:
             model, report = AutoModel.from_pretrained(source, dtype="auto", output_loading_info=True)
-        except (OSError, ValueError, KeyError) as error:
+        except Exception as error:  # whatever configurations, weight files and the hub raise
             raise BackboneError(f"backbone {name!r} cannot be loaded: {error}") from error
         missing = set(report["missing_keys"])
         if pooler := {key for key in missing if key.startswith("pooler.")}:
@@ -204,37 +208,43 @@ class Backbone:
 
         return hook
 
+    @torch.inference_mode()
     def _choose_layout(self) -> bool:
         """True for packed, which is much the faster; False for padded. Switches the attention accordingly."""
+        longest = min(12, self.tokenizer.max_tokens)
+        try:
+            texts = [self._probe(length) for length in (longest, max(1, longest // 2), max(1, longest - 2))]
+            # As transformers runs them: one at a time, with its own attention and positions. Nothing to compare on
+            # the meta device, where transformers' masks do not run either.
+            on_meta = self.device.type == "meta"
+            alone = [] if on_meta else [self._run(input_ids=self._tensor([text.ids]))[0] for text in texts]
+        except Exception as error:
+            raise BackboneError(f"backbones of type {self.model.config.model_type!r} cannot be run: {error}") from error
         self.packed = bool(type(self.model)._supports_attention_backend) and not _slides(self.model)
         if self.packed:
             attention.register()
             self.model.set_attn_implementation(attention.PACKED)
-            if self._reproduces():
+            if self._reproduces(texts, alone):
                 return True
             self.packed = False
             self.model.set_attn_implementation("sdpa" if self.model._supports_sdpa else "eager")
-        if not self._reproduces():
+        if not self._reproduces(texts, alone):
             raise BackboneError(
                 f"backbones of type {self.model.config.model_type!r} give a text other states in a batch than alone"
             )
         return False
 
-    @torch.inference_mode()
-    def _reproduces(self) -> bool:
-        """Whether three texts of different lengths have the same states together and alone."""
-        longest = min(12, self.tokenizer.max_tokens)
-        texts = [self._probe(length) for length in (longest, max(1, longest // 2), max(1, longest - 2))]
-        lengths = [len(text) for text in texts]
+    def _reproduces(self, texts: list[Encoding], alone: list[Tensor]) -> bool:
+        """Whether the layout gives texts of different lengths together the states that they have alone."""
         try:
-            together = self._states(texts, lengths, NO_ADAPTERS).float()
-            alone = torch.cat([self._states([text], [len(text)], NO_ADAPTERS) for text in texts]).float()
+            together = self._states(texts, [len(text) for text in texts], NO_ADAPTERS)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False  # the architecture does not take this layout at all
-        if self.device.type == "meta":
+        if not alone:
             return True
+        expected = torch.cat(alone).float()
         tolerance = 1e-3 if self.dtype == torch.float32 else 0.1
-        return bool((together - alone).abs().max() <= tolerance * alone.abs().max())
+        return bool((together.float() - expected).abs().max() <= tolerance * expected.abs().max())
 
     @torch.inference_mode()
     def _on_token_axis(self, sites: Iterable[Site]) -> set[Site]:
@@ -263,6 +273,11 @@ class _Recorder(AdapterPlan):
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         self.rows[site].add(y.shape[0])
         return y
+
+
+def _present(targets: Iterable[str], sites: Iterable[Site]) -> tuple[str, ...]:
+    """The targets that name a site here. DeBERTa-v3's query projection also maps distances, so it is none."""
+    return tuple(target for target in targets if any(matches(target, site) for site in sites))
 
 
 def _slides(model: PreTrainedModel) -> bool:

@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from server.core import Encoding
-from server.errors import BackboneError, TooLarge
+from server.errors import BackboneError, InvalidRequest, TooLarge
 
 
 class Tokenizer:
@@ -30,15 +30,21 @@ class Tokenizer:
         """The tokenizer in the backbone's folder; the shorter of its and the model's limit counts."""
         try:
             loaded: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
+        except Exception as error:  # whatever a missing or broken file makes its many readers raise
             raise BackboneError(f"no tokenizer can be loaded from {source!r}: {error}") from error
         fast = getattr(loaded, "backend_tokenizer", None)
         if not isinstance(fast, FastTokenizer):
             raise BackboneError(f"the tokenizer of {source!r} has no tokenizer.json form, which adapterd needs")
+        if len(loaded) <= len(loaded.all_special_ids):  # what transformers makes up where it finds no files
+            raise BackboneError(f"no tokenizer can be loaded from {source!r}: it has no vocabulary")
         return cls(fast, min(max_tokens, loaded.model_max_length))
 
     def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Encoding]:
-        """Token ids with special tokens. Where a text is too long it is cut, or TooLarge names its index."""
+        """Token ids with special tokens. Where a text is too long it is cut, or TooLarge names its index.
+
+        A text that comes to no token at all, as an empty one does where the tokenizer adds no special tokens, is an
+        InvalidRequest.
+        """
         encodings = []
         for index, raw in enumerate(self._fast.encode_batch(list(texts), add_special_tokens=False)):
             truncated = len(raw.ids) > self._room
@@ -53,5 +59,7 @@ class Tokenizer:
                     )
                 raw.truncate(self._room)
             whole = self._fast.post_process(raw)
+            if not whole.ids:
+                raise InvalidRequest("the text has no tokens", param=f"inputs.{index}")
             encodings.append(Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated))
         return encodings

@@ -41,8 +41,9 @@ class Catalog:
         return release, release.version
 
     def note(self, name: str, release: Release) -> None:
-        """A release that this process made itself."""
-        self._known[name] = (self._clock(), release)
+        """A release that this process made or read. Reads overtake each other; the higher number is the later one."""
+        _, known = self._known.get(name, (None, release))
+        self._known[name] = (self._clock(), max(known, release, key=lambda one: one.number))
 
     async def names(self) -> list[str]:
         """All names in the store, sorted; deleted ones included."""
@@ -59,11 +60,11 @@ class Catalog:
                 raise
             log.warning("store failed, serving the last known release", adapter=name, error=error.message)
             release = known
-        if release is not None and (known is None or release.number >= known.number):
+        if release is not None:
             self.note(name, release)
-        return release
+        return self._known[name][1] if name in self._known else None
 
     async def _unknown(self, name: str) -> UnknownAdapter:
-        nearest = process.extractOne(name, await self.names(), score_cutoff=60)
+        nearest = process.extractOne(name, await self.names(), score_cutoff=60, processor=str.lower)
         hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
         return UnknownAdapter(f"no adapter is called {name[:140]!r}{hint}", param="adapter")

@@ -131,7 +131,7 @@ def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a truncated or foreign one is refused by its name."""
     try:
         return safetensors.torch.load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InvalidAdapter(f"{file} is not a whole safetensors file: {error}", param=file, code="bad_file") from error
 
 

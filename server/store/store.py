@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
-from urllib.parse import urlsplit
+from urllib.parse import unquote
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError
@@ -24,8 +24,8 @@ from server.errors import Conflict, CorruptVersion, InvalidRequest, StoreUnavail
 from server.store.artifact import MANIFEST, TENSORS, Artifact
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,127}")
-VERSION = re.compile(r"[0-9a-f]{64}")
-_RELEASE_FILE = re.compile(r"(\d{6,})\.json")
+VERSION = re.compile(r"^[0-9a-f]{64}$")
+_RELEASE_FILE = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 
 
 def check_name(name: str) -> str:
@@ -38,6 +38,15 @@ def check_name(name: str) -> str:
             code="invalid_name",
         )
     return name
+
+
+def check_version(version: str) -> str:
+    """A version as `put_version` gives it: 64 lower-case hexadecimal digits."""
+    if not VERSION.fullmatch(version):
+        raise InvalidRequest(
+            f"version {version[:80]!r} is not 64 hexadecimal digits", param="version", code="invalid_version"
+        )
+    return version
 
 
 class Release(BaseModel):
@@ -68,15 +77,17 @@ class AdapterStore:
     @classmethod
     def open(cls, url: str) -> "AdapterStore":
         """A folder (made if it is not there), `file:///absolute/folder` or `memory://`."""
-        parts = urlsplit(url)
-        if parts.scheme == "memory":
+        if url == "memory://":
             return cls(MemoryStore())
-        if parts.scheme not in ("", "file") or (parts.scheme == "file" and parts.netloc):
+        if url.startswith("file:///"):
+            folder = Path(unquote(url.removeprefix("file://")))
+        elif url and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
+            folder = Path(url).expanduser()
+        else:
             raise InvalidRequest(f"store {url!r} is neither a folder, file:///... nor memory://", param="store")
-        folder = Path(parts.path if parts.scheme else url).expanduser().resolve()
         try:
-            return cls(LocalStore(folder, mkdir=True))
-        except (BaseError, OSError) as error:
+            return cls(LocalStore(folder.resolve(), mkdir=True))
+        except (BaseError, OSError, ValueError) as error:
             raise StoreUnavailable(f"store folder {str(folder)!r} cannot be opened: {_brief(error)}") from error
 
     def names(self) -> list[str]:
@@ -91,7 +102,7 @@ class AdapterStore:
         with _reported():
             # The manifest comes last: where it is, the version is whole.
             for file, data in ((TENSORS, artifact.tensor_bytes), (MANIFEST, artifact.manifest_bytes)):
-                obstore.put(self._objects, f"{check_name(name)}/versions/{version}/{file}", data)
+                obstore.put(self._objects, f"{_version_key(name, version)}/{file}", data)
         return version
 
     def get_version(self, name: str, version: str) -> Artifact:
@@ -99,7 +110,7 @@ class AdapterStore:
         with _reported():
             try:
                 manifest, tensors = (
-                    bytes(obstore.get(self._objects, f"{check_name(name)}/versions/{version}/{file}").bytes())
+                    bytes(obstore.get(self._objects, f"{_version_key(name, version)}/{file}").bytes())
                     for file in (MANIFEST, TENSORS)
                 )
             except FileNotFoundError as error:
@@ -134,7 +145,7 @@ class AdapterStore:
         number = max(self.releases(name), default=0) + 1
         release = Release(
             number=number,
-            traffic={version: 1.0} if version else {},
+            traffic={check_version(version): 1.0} if version is not None else {},
             created_at=datetime.now(UTC),
             by=by,
             note=note,
@@ -146,6 +157,10 @@ class AdapterStore:
             except AlreadyExistsError as error:
                 raise Conflict(f"release {number} of adapter {name!r} was made by somebody else just now") from error
         return release
+
+
+def _version_key(name: str, version: str) -> str:
+    return f"{check_name(name)}/versions/{check_version(version)}"
 
 
 def _release_key(name: str, number: int) -> str:

@@ -1,17 +1,20 @@
 """The files of an upload: loose ones and archives, in memory, with nothing ever written to a path they name."""
 
+import gzip
 import io
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import PurePosixPath
 from typing import IO
 
-from server.errors import InvalidAdapter, TooLarge
+from server.errors import AdapterdError, InvalidAdapter, TooLarge
 
 MAX_FILES = 256
 """Files in one upload; a checkpoint has a handful."""
+
+TAR_OVERHEAD = 4096 * MAX_FILES
+"""Bytes that a tar archive may have beside its contents: headers and padding."""
 
 
 def gather(uploads: list[tuple[str, bytes]], max_bytes: int) -> dict[str, bytes]:
@@ -42,32 +45,50 @@ def required(files: Mapping[str, bytes], name: str) -> bytes:
 
 def _contents(name: str, data: bytes, room: int) -> Iterator[tuple[str, bytes]]:
     lower = name.lower()
-    archive = _zip if lower.endswith(".zip") else _tar if lower.endswith((".tar.gz", ".tgz")) else None
+    archive: Callable[[bytes, int], _Members] | None = (
+        _zip if lower.endswith(".zip") else _tar if lower.endswith((".tar.gz", ".tgz")) else None
+    )
     if archive is None:
         _within(room, len(data))
         yield _safe(name), data
         return
     try:
-        for path, open_member in archive(data):
+        for path, open_member in archive(data, room):
             safe = _safe(path)
             with open_member() as stream:
                 content = stream.read(room + 1)  # never trusts the size that the archive declares
             _within(room, len(content))
             room -= len(content)
             yield safe, content
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, OSError, RuntimeError, ValueError) as error:
+    except AdapterdError:
+        raise
+    except Exception as error:  # zipfile and tarfile raise a dozen kinds on damaged input, and promise none
         raise InvalidAdapter(f"archive {name!r} cannot be read: {error}", param=name, code="bad_file") from error
 
 
-def _zip(data: bytes) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
+_Members = Iterator[tuple[str, Callable[[], IO[bytes]]]]
+
+
+def _zip(data: bytes, room: int) -> _Members:
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
-            if not info.is_dir():
-                yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
+            if info.is_dir():
+                continue
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                # bzip2 and LZMA unpack without bounds in zipfile: a kilobyte can fill the memory.
+                raise InvalidAdapter(
+                    f"{info.filename!r} is neither stored nor deflated", param=info.filename, code="bad_file"
+                )
+            yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
 
 
-def _tar(data: bytes) -> Iterator[tuple[str, Callable[[], IO[bytes]]]]:
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
+def _tar(data: bytes, room: int) -> _Members:
+    # Unpacked as a whole and within bounds first: tarfile would read a header of any size into memory.
+    limit = room + TAR_OVERHEAD
+    with gzip.open(io.BytesIO(data)) as stream:
+        unpacked = stream.read(limit + 1)
+    _within(limit, len(unpacked))
+    with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:", encoding="utf-8", errors="strict") as archive:
         for member in archive:
             if member.isdir():
                 continue

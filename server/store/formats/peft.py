@@ -157,7 +157,8 @@ def _labels(files: Mapping[str, bytes], labels: Sequence[str] | None, classifier
     try:
         checked: tuple[str, ...] = TypeAdapter(Labels).validate_python(tuple(labels))
     except ValidationError as error:
-        raise invalid_fields("labels", error) from error
+        reason = invalid_fields("labels", error).message
+        raise InvalidAdapter(reason, param="labels", code="invalid_labels") from error
     if classifier is not None and len(checked) != classifier.shape[0]:
         raise InvalidAdapter(
             f"{len(checked)} labels for a classifier of {classifier.shape[0]} rows",

@@ -1,0 +1,1 @@
+"""Measurements. Each is a command with --json; none of them is a test."""

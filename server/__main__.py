@@ -1,0 +1,5 @@
+"""`python -m server` is `adapterd`."""
+
+from server.cli import main
+
+main()

@@ -1,0 +1,56 @@
+"""The command `adapterd`. Heavy imports happen inside the commands, so that --help answers at once."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from server.training.commands import evaluate_command, train_command
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="One frozen transformer backbone, thousands of hot-swappable adapters.",
+)
+app.command("train")(train_command)
+app.command("evaluate")(evaluate_command)
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="A folder, a hub id or a package's backbone.")] = None,
+    store: Annotated[str | None, typer.Option(help="A folder, file:///... or memory://.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+) -> None:
+    """Serve adapters over HTTP. Every other option is an environment variable: see docs/settings.md."""
+    from pydantic import ValidationError
+
+    from server.settings import Settings
+
+    flags: dict[str, Any] = {
+        "host": host,
+        "port": port,
+        "backbone": backbone,
+        "store": store,
+        "device": device,
+        "dtype": dtype,
+    }
+    try:
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+    except ValidationError as error:
+        for wrong in error.errors():
+            field = ".".join(map(str, wrong["loc"]))
+            print(f"adapterd: {field} (ADAPTERD_{field.upper()}): {wrong['msg']}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    from server import serving
+
+    raise typer.Exit(serving.run(settings))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()

@@ -1,0 +1,1 @@
+"""Training and measuring adapters: `adapterd train` and `adapterd evaluate`. The server imports nothing from here."""

@@ -1,0 +1,75 @@
+"""Labelled texts from JSON Lines files."""
+
+import hashlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from server.errors import InvalidRequest
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("the text is blank")  # a server would refuse it
+    return text
+
+
+class _Row(BaseModel):
+    text: Annotated[str, AfterValidator(_not_blank)]
+    label: str = Field(min_length=1, max_length=256)  # as long as a manifest takes
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """The rows of one file."""
+
+    texts: tuple[str, ...]
+    labels: tuple[str, ...]
+    """The label of each text."""
+    sha256: str
+    """Digest of the file's bytes, hex."""
+
+    @property
+    def label_names(self) -> tuple[str, ...]:
+        """The distinct labels, sorted."""
+        return tuple(sorted(set(self.labels)))
+
+
+def read_dataset(path: Path, known: Collection[str] | None = None) -> Dataset:
+    """Reads rows `{"text": ..., "label": ...}`; other fields and blank lines are skipped.
+
+    Raises InvalidRequest naming the file and the line, also for a label that is not among the `known` ones.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidRequest(f"{path}: {error.strerror}", param=str(path)) from error
+    rows: list[_Row] = []
+    for number, line in enumerate(data.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _Row.model_validate_json(line)
+        except ValidationError as error:
+            raise _invalid(path, number, _reason(error)) from error
+        if known is not None and row.label not in known:
+            raise _invalid(path, number, f"label {row.label!r} is none of {', '.join(known)}")
+        rows.append(row)
+    if not rows:
+        raise InvalidRequest(f"{path}: no rows", param=str(path))
+    return Dataset(tuple(row.text for row in rows), tuple(row.label for row in rows), hashlib.sha256(data).hexdigest())
+
+
+def _invalid(path: Path, number: int, reason: str) -> InvalidRequest:
+    where = f"{path}:{number}"
+    return InvalidRequest(f"{where}: {reason}", param=where)
+
+
+def _reason(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    field = "".join(f"{part}: " for part in first["loc"])
+    # the parser sees one line at a time, so its own "line 1" would only mislead
+    return field + first["msg"].removeprefix("Value error, ").replace(" at line 1 column ", " at column ")

@@ -1,0 +1,216 @@
+"""The trainer: fits an adapter's tensors over the frozen backbone.
+
+At every step the tensors are bound and applied by the same code that serves them, so what is trained is what is served.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import JsonValue
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from tqdm.auto import tqdm
+from transformers import get_linear_schedule_with_warmup
+
+from server import __version__
+from server.adapters import METHODS
+from server.adapters.plan import AdapterPlan, Segment
+from server.backbone.backbone import Backbone
+from server.backbone.source import resolve
+from server.backbone.tokenizer import Tokenizer
+from server.core import BackboneSpec, Encoding
+from server.errors import InvalidRequest
+from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, Training
+from server.store.store import AdapterStore, Release, check_name
+from server.tasks.adapter import Blueprint, TaskAdapter
+from server.training.data import Dataset, read_dataset
+from server.training.metrics import Report, report
+from server.training.options import TrainOptions
+
+TASK = "classification"
+
+HYPERPARAMETERS = {"dtype", "epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "max_tokens", "seed"}
+"""The options that a manifest records beside the method's and the head's. Paths stay out: they tell of the machine."""
+
+CLIP_NORM = 1.0
+"""Longest gradient of a step: one odd batch must not undo the others."""
+
+GOLDEN_TEXTS = (
+    "It works, and I would buy it again.",
+    "Nothing arrived; please send the money back.",
+    "Tomorrow at nine the meeting starts, heute um neun beginnt die Sitzung.",
+    "FREE!!! 100% guaranteed, click http://example.com now.",
+)
+"""Made up rather than taken from the data: a manifest travels farther than training texts, which can be personal."""
+
+PREDICT_TEXTS = 32
+"""Texts of one forward when measuring: more gain nothing on a CPU and take memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """What came of a training."""
+
+    artifact: Artifact
+    losses: list[float]
+    """Mean loss of each epoch."""
+    report: Report | None
+    """Measured on the eval file, where one was given."""
+    release: Release | None
+    """The release that serves the adapter from here on, where it was published."""
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Trains an adapter, measures it and, where `options.name` is given, publishes it.
+
+    The same options and data give the same artifact on the same machine. Raises InvalidRequest for data or options
+    that make no sense, InvalidAdapter for a method that does not fit the backbone, BackboneError, StoreUnavailable.
+    """
+    # before the hours of training, not after them
+    store = AdapterStore.open(options.store) if options.name and check_name(options.name) else None
+    data = read_dataset(options.data)
+    test = read_dataset(options.eval, known=data.label_names) if options.eval else None
+    backbone = Backbone.load(options.backbone, device=options.device, dtype=options.dtype)
+    blueprint = Blueprint.check(
+        method=options.method,
+        config=_config(options, backbone.spec),
+        task=TASK,
+        head={"pooling": options.pooling},
+        labels=data.label_names,
+        spec=backbone.spec,
+    )
+    tensors, losses = fit(backbone, blueprint, data, options)
+
+    # Whatever it was trained in, its outputs are recorded as precisely as can be.
+    if backbone.dtype != torch.float32:
+        backbone = Backbone.load(options.backbone, device=options.device, dtype="float32")
+    adapter = blueprint.bind(tensors, backbone.device, backbone.dtype)
+    measured = measure(backbone, adapter, test) if test else None
+    artifact = Artifact.build(_manifest(options, data, blueprint, measured, _golden(backbone, adapter)), tensors)
+
+    release = None
+    if store and options.name:
+        version = store.put_version(options.name, artifact)
+        release = store.release(options.name, version, by="adapterd train", note=_note(options, measured))
+    return TrainResult(artifact, losses, measured, release)
+
+
+def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Tensor:
+    """Raw outputs of one adapter for texts in one batch, one row each. Differentiable."""
+    states = backbone.forward(texts, AdapterPlan([Segment(adapter.weights, 0, len(texts))]))
+    return adapter.task.apply(adapter.head, states, 0, len(texts))
+
+
+def measure(backbone: Backbone, adapter: TaskAdapter, data: Dataset) -> Report:
+    """Measures an adapter without a server. Texts are cut where a server would cut them."""
+    texts = backbone.tokenizer.encode(data.texts, truncate=True)
+    predicted: list[str] = []
+    with torch.inference_mode():
+        for start in range(0, len(texts), PREDICT_TEXTS):
+            rows = outputs(backbone, adapter, texts[start : start + PREDICT_TEXTS])
+            predicted += [answer[0].label for answer in adapter.task.decode(rows, adapter.labels)]
+    return report(data.labels, predicted)
+
+
+def fit(
+    backbone: Backbone, blueprint: Blueprint, data: Dataset, options: TrainOptions
+) -> tuple[dict[str, Tensor], list[float]]:
+    """Trains: the tensors, float32 on the CPU, and the mean loss of each epoch. The backbone stays as it is."""
+    texts = _tokenizer(options, backbone).encode(data.texts, truncate=True)
+    index = {label: i for i, label in enumerate(blueprint.labels)}
+    targets = torch.tensor([index[label] for label in data.labels], device=backbone.device)
+    # All randomness comes from here: which tensors to start from and which texts share a step.
+    generator = torch.Generator().manual_seed(options.seed)
+    tensors = {name: tensor.to(backbone.device).requires_grad_() for name, tensor in blueprint.init(generator).items()}
+    optimizer = torch.optim.AdamW(tensors.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
+    steps = options.epochs * -(-len(texts) // options.batch_size)
+    scheduler = get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
+    losses: list[float] = []
+    with tqdm(total=steps, unit="step", disable=None) as bar:
+        for epoch in range(options.epochs):
+            total = 0.0
+            for batch in torch.split(torch.randperm(len(texts), generator=generator), options.batch_size):
+                # anew at each step, since binding prepares copies of the tensors that the last step has changed
+                adapter = blueprint.bind(tensors, backbone.device, backbone.dtype)
+                rows = outputs(backbone, adapter, [texts[i] for i in batch.tolist()])
+                loss = blueprint.task.loss(rows, targets[batch])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                clip_grad_norm_(tensors.values(), CLIP_NORM)
+                optimizer.step()
+                scheduler.step()
+                value = loss.item()
+                total += value * len(batch)
+                bar.set_postfix(epoch=epoch + 1, loss=f"{value:.3f}", refresh=False)
+                bar.update()
+            if not math.isfinite(total):
+                raise InvalidRequest(
+                    f"the loss became {total} in epoch {epoch + 1}; try a lower learning rate than "
+                    f"{options.learning_rate}",
+                    param="learning_rate",
+                )
+            losses.append(total / len(texts))
+    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}, losses
+
+
+def _config(options: TrainOptions, spec: BackboneSpec) -> dict[str, JsonValue]:
+    """The method's options, with the backbone's usual targets where the method wants targets and none are given."""
+    method = METHODS.get(options.method)
+    if method is None or "target_modules" not in method.Config.model_fields or "target_modules" in options.config:
+        return options.config
+    if not spec.default_targets:
+        raise InvalidRequest(
+            f"backbones of type {spec.model_type!r} have no usual target modules; name linear layers of it, e.g. "
+            """--set 'target_modules=["q_proj", "v_proj"]'""",
+            param="target_modules",
+        )
+    return {**options.config, "target_modules": list(spec.default_targets)}
+
+
+def _tokenizer(options: TrainOptions, backbone: Backbone) -> Tokenizer:
+    """The backbone's, or one like it that cuts texts shorter."""
+    if options.max_tokens is None:
+        return backbone.tokenizer
+    return Tokenizer.load(resolve(options.backbone), min(options.max_tokens, backbone.spec.max_tokens))
+
+
+def _golden(backbone: Backbone, adapter: TaskAdapter) -> Golden:
+    """Outputs of a few texts, to the sixth decimal: float32 is not sure of more."""
+    with torch.inference_mode():
+        rows = outputs(backbone, adapter, backbone.tokenizer.encode(GOLDEN_TEXTS, truncate=True))
+    return Golden(texts=GOLDEN_TEXTS, outputs=tuple(tuple(round(value, 6) for value in row) for row in rows.tolist()))
+
+
+def _manifest(
+    options: TrainOptions, data: Dataset, blueprint: Blueprint, measured: Report | None, golden: Golden
+) -> Manifest:
+    spec = blueprint.spec
+    return Manifest(
+        method=options.method,
+        config=blueprint.config.model_dump(mode="json"),
+        task=TASK,
+        head=blueprint.head.model_dump(mode="json"),
+        labels=blueprint.labels,
+        backbone=TrainedOn(
+            name=spec.name,
+            model_type=spec.model_type,
+            hidden_size=spec.hidden_size,
+            num_layers=spec.num_layers,
+            fingerprint=spec.fingerprint,
+        ),
+        source=f"adapterd {__version__}",
+        training=Training(
+            data_sha256=data.sha256,
+            rows=len(data.texts),
+            hyperparameters=options.model_dump(mode="json", include=HYPERPARAMETERS),
+            metrics={"accuracy": measured.accuracy, "macro_f1": measured.macro_f1} if measured else {},
+        ),
+        golden=golden,
+    )
+
+
+def _note(options: TrainOptions, measured: Report | None) -> str:
+    made = f"{options.method}, trained on {options.data.name}"
+    return f"{made}; accuracy {measured.accuracy:.3f} on {measured.rows} texts" if measured else made

