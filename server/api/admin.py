@@ -5,12 +5,11 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Query, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import EngineDep
 from server.api.errors import RESPONSES
 from server.api.schemas import AdapterDetail, AdapterList, AdapterSummary, DeleteAnswer, UploadAnswer
 from server.engine.engine import Described
 from server.errors import InvalidRequest
-from server.store.formats.files import gather
 from server.store.store import check_name
 
 router = APIRouter(prefix="/admin/adapters", tags=["admin"], responses=RESPONSES)
@@ -52,7 +51,6 @@ async def put_adapter(
     name: str,
     form: Annotated[Upload, Form(media_type="multipart/form-data")],
     engine: EngineDep,
-    settings: SettingsDep,
     response: Response,
 ) -> UploadAnswer:
     """Upload a checkpoint and make it serve: its files as they are, or one .zip or .tar.gz of them.
@@ -61,8 +59,7 @@ async def put_adapter(
     """
     check_name(name)
     uploads = [(file.filename or "", await file.read()) for file in form.files]
-    files = gather(uploads, settings.max_upload_bytes)
-    published = await engine.publish(name, files, _labels(form.labels), by=BY, note="upload")
+    published = await engine.publish(name, uploads, _labels(form.labels), by=BY, note="upload")
     if not published.created:
         response.status_code = 200
     manifest = published.manifest

@@ -22,6 +22,7 @@ from server.metrics import Metrics
 from server.settings import Settings
 from server.store.artifact import Artifact, Manifest
 from server.store.formats import read_checkpoint
+from server.store.formats.files import gather
 from server.store.store import AdapterStore, Release, check_name
 from server.tasks.adapter import TaskAdapter
 
@@ -60,6 +61,7 @@ class Engine:
         self._backbone = backbone
         self._store = store
         self._metrics = metrics
+        self._max_upload_bytes = settings.max_upload_bytes
         # Pools of their own, so that a store that hangs holds up neither tokenization nor the event loop's own calls.
         self._store_pool = ThreadPoolExecutor(STORE_THREADS, "adapterd-store")
         self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer")
@@ -127,13 +129,15 @@ class Engine:
         )
 
     async def publish(
-        self, name: str, files: dict[str, bytes], labels: Sequence[str] | None, *, by: str, note: str
+        self, name: str, uploads: Sequence[tuple[str, bytes]], labels: Sequence[str] | None, *, by: str, note: str
     ) -> Published:
         """Checks a checkpoint, proves that it runs, stores it and makes it serve.
 
-        Raises InvalidAdapter naming what is wrong, and then nothing has changed.
+        `uploads` are (file name, content) pairs, loose files or archives. Raises InvalidAdapter naming what is wrong,
+        and then nothing has changed.
         """
         check_name(name)
+        files = await self._in_store_pool(partial(gather, uploads, self._max_upload_bytes))
         artifact = await self._in_store_pool(partial(read_checkpoint, files, labels, self.spec))
         adapter = await self._in_store_pool(partial(loading.build, artifact, self._backbone))
         await self._prove(artifact, adapter)

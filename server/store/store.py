@@ -91,7 +91,7 @@ class AdapterStore:
             raise StoreUnavailable(f"store folder {str(folder)!r} cannot be opened: {_brief(error)}") from error
 
     def names(self) -> list[str]:
-        """All names that were ever released, sorted; deleted ones included."""
+        """All names that something is stored under, sorted; deleted ones included."""
         with _reported():
             listing = obstore.list_with_delimiter(self._objects)
         return sorted(name for name in listing["common_prefixes"] if NAME.fullmatch(name))

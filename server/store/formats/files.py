@@ -4,7 +4,7 @@ import gzip
 import io
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import IO
 
@@ -17,7 +17,7 @@ TAR_OVERHEAD = 4096 * MAX_FILES
 """Bytes that a tar archive may have beside its contents: headers and padding."""
 
 
-def gather(uploads: list[tuple[str, bytes]], max_bytes: int) -> dict[str, bytes]:
+def gather(uploads: Sequence[tuple[str, bytes]], max_bytes: int) -> dict[str, bytes]:
     """Path -> content of (file name, content) pairs; .zip, .tar.gz and .tgz are unpacked.
 
     Raises InvalidAdapter naming the file for an unsafe path or a broken archive, TooLarge for contents over
