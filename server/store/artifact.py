@@ -132,7 +132,9 @@ def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:
         return safetensors.torch.load(data)
     except Exception as error:  # safetensors' own, or whatever torch says to a shape or a type that it cannot make
         reason = str(error).partition("\n")[0]  # torch puts a stack trace below
-        raise InvalidAdapter(f"{file} is not a whole safetensors file: {reason}", param=file, code="bad_file") from error
+        raise InvalidAdapter(
+            f"{file} is not a whole safetensors file: {reason}", param=file, code="bad_file"
+        ) from error
 
 
 def invalid_fields(where: str, error: ValidationError) -> InvalidAdapter:

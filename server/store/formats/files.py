@@ -5,8 +5,9 @@ import io
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, cast
 
 from server.errors import AdapterdError, InvalidAdapter, TooLarge
 
@@ -79,7 +80,7 @@ def _zip(data: bytes, room: int) -> _Members:
                 raise InvalidAdapter(
                     f"{info.filename!r} is neither stored nor deflated", param=info.filename, code="bad_file"
                 )
-            yield info.filename, lambda info=info: archive.open(info)  # type: ignore[misc]
+            yield info.filename, partial(archive.open, info)
 
 
 def _tar(data: bytes, room: int) -> _Members:
@@ -94,7 +95,8 @@ def _tar(data: bytes, room: int) -> _Members:
                 continue
             if not member.isreg():
                 raise InvalidAdapter(f"{member.name!r} is not a plain file", param=member.name, code="bad_file")
-            yield member.name, lambda member=member: archive.extractfile(member)  # type: ignore[misc]
+            # extractfile gives None for what is not a file, which has been refused above
+            yield member.name, cast(Callable[[], IO[bytes]], partial(archive.extractfile, member))
 
 
 def _safe(name: str) -> str:

@@ -1,0 +1,847 @@
+"""What an uploader may send wrong: each refusal has its class and names the tensor, file or field at fault."""
+
+import gzip
+import io
+import json
+import random
+import struct
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from helpers import (
+    LABELS,
+    VARIANTS,
+    make_artifact,
+    make_blueprint,
+    peft_config,
+    peft_files,
+    peft_tensors,
+    random_tensors,
+)
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from server.backbone.backbone import Backbone
+from server.core import BackboneSpec
+from server.errors import AdapterdError, CorruptVersion, InvalidAdapter, TooLarge
+from server.store.artifact import Artifact, Manifest, read_tensors
+from server.store.formats import read_checkpoint
+from server.store.formats.files import MAX_FILES, gather
+from server.tasks.adapter import Blueprint
+
+NAMES = list(LABELS[:3])
+LIMIT = 1 << 20
+A = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"
+B = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
+HEAD = "base_model.model.classifier.weight"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Files = dict[str, bytes]
+
+
+@pytest.fixture(scope="session")
+def spec(bert: Backbone) -> BackboneSpec:
+    return bert.spec
+
+
+@pytest.fixture(scope="session")
+def native(bert: Backbone) -> Artifact:
+    """A good adapter in our own format."""
+    blueprint = make_blueprint(bert.spec, "lora", {"r": 2})
+    return make_artifact(blueprint, random_tensors(blueprint, seed=0), golden={"texts": ["w1"], "outputs": [[1, 2, 3]]})
+
+
+def refused(call: Callable[[], Any], param: str | None, code: str | None = None, kind: type = InvalidAdapter) -> str:
+    """Asserts the error's class, what it names and its code; returns its message."""
+    with pytest.raises(AdapterdError) as caught:
+        call()
+    error = caught.value
+    assert type(error) is kind, error.message
+    assert error.param == param, error.message
+    if code is not None:
+        assert error.error_code == code, error.message
+    assert error.message
+    (error.message + (error.param or "")).encode()  # an answer can carry it
+    return error.message
+
+
+def with_tensors(**changes: Tensor | None) -> Files:
+    """Good files but for some tensors; None drops one."""
+    tensors = peft_tensors() | changes
+    return peft_files(tensors={name: tensor for name, tensor in tensors.items() if tensor is not None})
+
+
+# ---------------------------------------------------------------------------------------------- PEFT, read_checkpoint
+
+
+def test_a_good_peft_checkpoint_is_read_whole(spec: BackboneSpec) -> None:
+    artifact = read_checkpoint(peft_files(), NAMES, spec)
+    assert artifact.manifest.method == "lora"
+    assert artifact.manifest.labels == tuple(NAMES)
+    assert artifact.manifest.backbone.name == "tiny-bert"
+    assert artifact.manifest.source == "peft 0.18.0"
+    theirs = peft_tensors()
+    assert len(artifact.tensors) == len(theirs)
+    assert torch.equal(artifact.tensors["head/classifier.weight"], theirs[HEAD])
+    assert torch.equal(artifact.tensors["linear:encoder.layer.1.attention.self.query/lora_A"], theirs[A])
+    assert torch.equal(artifact.tensors["linear:encoder.layer.1.attention.self.value/lora_B"], theirs[B])
+    manifest = artifact.manifest
+    Blueprint.check(
+        method=manifest.method,
+        config=manifest.config,
+        task=manifest.task,
+        head=manifest.head,
+        labels=manifest.labels,
+        spec=spec,
+    ).check_tensors(artifact.tensors)
+
+
+def test_the_same_files_are_the_same_version(spec: BackboneSpec) -> None:
+    version = read_checkpoint(peft_files(), NAMES, spec).version
+    assert read_checkpoint(peft_files(), NAMES, spec).version == version
+    shuffled = dict(reversed(peft_tensors().items()))
+    assert read_checkpoint(peft_files(tensors=shuffled), NAMES, spec).version == version
+    assert read_checkpoint(peft_files(folder="a/b/"), NAMES, spec).version == version
+    others = [
+        read_checkpoint(peft_files(), NAMES[::-1], spec),
+        read_checkpoint(peft_files(peft_config(lora_alpha=5)), NAMES, spec),
+        read_checkpoint(with_tensors(**{A: peft_tensors()[A] + 1e-6}), NAMES, spec),
+    ]
+    assert len({version, *(other.version for other in others)}) == 4
+
+
+@pytest.mark.parametrize("folder", ["", "checkpoint/", "a/b/c/"])
+def test_a_folder_around_the_files_and_files_beside_them_do_not_matter(folder: str, spec: BackboneSpec) -> None:
+    files = peft_files(folder=folder)
+    files |= {"README.md": b"", f"{folder}README.md": b"# hi", f"{folder}tokenizer.json": b"{", "__MACOSX/._x": b"\0"}
+    files[f"{folder}deeper/{WEIGHTS}"] = b"not looked at"
+    assert read_checkpoint(files, NAMES, spec).version == read_checkpoint(peft_files(), NAMES, spec).version
+
+
+def test_names_without_the_models_prefix_are_read(spec: BackboneSpec) -> None:
+    tensors = {name.replace(".bert.", "."): tensor for name, tensor in peft_tensors().items()}
+    artifact = read_checkpoint(peft_files(tensors=tensors), NAMES, spec)
+    assert artifact.version == read_checkpoint(peft_files(), NAMES, spec).version
+
+
+def test_labels_may_come_from_the_models_config(spec: BackboneSpec) -> None:
+    twelve = [f"l{i}" for i in range(12)]
+    by_index = {str(index): label for index, label in sorted(enumerate(twelve), key=lambda pair: str(pair[0]))}
+    files = peft_files(tensors=peft_tensors(labels=12)) | {"config.json": json.dumps({"id2label": by_index}).encode()}
+    assert read_checkpoint(files, None, spec).manifest.labels == tuple(twelve)
+    assert read_checkpoint(files, twelve[::-1], spec).manifest.labels == tuple(
+        twelve[::-1]
+    )  # the uploader's word counts
+
+
+@pytest.mark.parametrize(
+    ("labels", "code"),
+    [
+        (None, "missing_labels"),
+        ([], "invalid_labels"),
+        (["a", "b"], "invalid_labels"),
+        (["a", "b", "c", "d"], "invalid_labels"),
+        (["a", "b", "a"], "invalid_labels"),
+        (["a", "b", ""], "invalid_labels"),
+        (["a", "b", "c" * 257], "invalid_labels"),
+        (["a", "b", 3], "invalid_labels"),
+        (["a", "b", "\ud800"], "invalid_labels"),
+    ],
+)
+def test_wrong_labels(labels: Any, code: str, spec: BackboneSpec) -> None:
+    refused(lambda: read_checkpoint(peft_files(), labels, spec), "labels", code)
+
+
+@pytest.mark.parametrize("id2label", [{}, {"0": "a"}, {"0": "a", "1": "a", "2": "b"}, {"0": {}, "1": [], "2": None}])
+def test_wrong_labels_in_the_models_config(id2label: dict, spec: BackboneSpec) -> None:
+    files = peft_files() | {"config.json": json.dumps({"id2label": id2label}).encode()}
+    refused(lambda: read_checkpoint(files, None, spec), "labels", "invalid_labels")
+
+
+@pytest.mark.parametrize("document", [b"", b"{", b"[]", b"[" * 100_000])
+def test_a_broken_model_config(document: bytes, spec: BackboneSpec) -> None:
+    refused(lambda: read_checkpoint(peft_files() | {"config.json": document}, None, spec), "config.json", "bad_file")
+
+
+@pytest.mark.parametrize("document", [b'{"id2label": null}', b'{"id2label": ["a", "b", "c"]}', b"{}"])
+def test_a_model_config_without_label_names(document: bytes, spec: BackboneSpec) -> None:
+    files = peft_files() | {"config.json": document}
+    refused(lambda: read_checkpoint(files, None, spec), "labels", "missing_labels")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code"),
+    [
+        ("peft_type", "IA3", "unsupported_option"),
+        ("peft_type", "PREFIX_TUNING", "unsupported_option"),
+        ("peft_type", ..., "unsupported_option"),
+        ("peft_type", ["LORA"], "unsupported_option"),
+        ("task_type", "CAUSAL_LM", "unsupported_option"),
+        ("use_dora", True, "unsupported_option"),
+        ("use_rslora", True, "unsupported_option"),
+        ("rank_pattern", {"query": 4}, "unsupported_option"),
+        ("alpha_pattern", {"query": 4}, "unsupported_option"),
+        ("bias", "all", "unsupported_option"),
+        ("bias", "lora_only", "unsupported_option"),
+        ("lora_bias", True, "unsupported_option"),
+        ("fan_in_fan_out", True, "unsupported_option"),
+        ("layers_to_transform", [0], "unsupported_option"),
+        ("layer_replication", [[0, 2]], "unsupported_option"),
+        ("trainable_token_indices", [1], "unsupported_option"),
+        ("an_option_of_tomorrow", "yes", "unsupported_option"),
+        ("init_lora_weights", "pissa", "unsupported_option"),
+        ("init_lora_weights", "olora", "unsupported_option"),
+        ("init_lora_weights", ["pissa"], "unsupported_option"),
+        ("target_modules", "all-linear", "unsupported_option"),
+        ("target_modules", ".*query", "unsupported_option"),
+        ("target_modules", ..., "unsupported_option"),
+        ("target_modules", [], "unknown_target"),
+        ("target_modules", ["q_proj", "v_proj"], "unknown_target"),
+        ("target_modules", ["uery"], "unknown_target"),
+        ("target_modules", [["query"], None, 3], "unknown_target"),
+        ("target_modules", ["pooler.dense"], "unknown_target"),
+        ("r", 0, None),
+        ("r", -1, None),
+        ("r", 2.5, None),
+        ("r", None, None),
+        ("r", "two", None),
+        ("lora_alpha", 0, None),
+        ("lora_alpha", float("inf"), None),
+        ("lora_alpha", float("nan"), None),
+        ("lora_alpha", 10**400, None),
+        ("lora_alpha", None, None),
+    ],
+)
+def test_an_option_that_would_change_the_outputs(option: str, value: Any, code: str, spec: BackboneSpec) -> None:
+    files = peft_files(peft_config(**{option: value}))
+    message = refused(lambda: read_checkpoint(files, NAMES, spec), option, code)
+    assert CONFIG in message
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"revision": None, "auto_mapping": None, "megatron_config": None, "layers_pattern": None, "eva_config": None},
+        {"init_lora_weights": "gaussian"},
+        {"layers_to_transform": None, "exclude_modules": None, "lora_bias": False},
+        {"peft_version": ...},
+        {"base_model_name_or_path": None},
+        {"task_type": ...},
+        {"target_modules": ["query", "value", "not_in_this_model"]},
+    ],
+)
+def test_options_that_change_nothing_are_accepted(changes: dict, spec: BackboneSpec) -> None:
+    artifact = read_checkpoint(peft_files(peft_config(**changes)), NAMES, spec)
+    assert artifact.tensors.keys() == read_checkpoint(peft_files(), NAMES, spec).tensors.keys()
+
+
+@pytest.mark.parametrize(
+    "document",
+    [b"", b"{", b"\xff\xfe", b"no", b"[]", b"null", b'"LORA"', b"[" * 100_000, b'{"a":' * 100_000, b'{"x": "\\ud800"}'],
+)
+def test_a_config_that_is_no_json_object(document: bytes, spec: BackboneSpec) -> None:
+    files = peft_files() | {CONFIG: document}
+    refused(lambda: read_checkpoint(files, NAMES, spec), CONFIG, "bad_file")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({A: None}, A, "missing_tensor"),
+        ({HEAD: None}, HEAD, "missing_tensor"),
+        ({"base_model.model.classifier.bias": None}, "base_model.model.classifier.bias", "missing_tensor"),
+        ({"extra": torch.zeros(1)}, "extra", "unused_tensor"),
+        ({f"{A}.more": torch.zeros(1)}, f"{A}.more", "unused_tensor"),
+        ({A: torch.zeros(3, 32)}, A, "wrong_shape"),
+        ({A: torch.zeros(32, 2)}, A, "wrong_shape"),
+        ({A: torch.zeros(64)}, A, "wrong_shape"),
+        ({A: torch.zeros(2, 0)}, A, "wrong_shape"),
+        ({A: torch.tensor(1.0)}, A, "wrong_shape"),
+        ({HEAD: torch.zeros(3, 64)}, HEAD, "wrong_shape"),
+        ({A: torch.full((2, 32), float("nan"))}, A, "not_finite"),
+        ({B: torch.full((32, 2), float("inf"))}, B, "not_finite"),
+        ({HEAD: torch.full((3, 32), float("-inf"))}, HEAD, "not_finite"),
+        ({A: torch.zeros(2, 32, dtype=torch.int64)}, A, "wrong_dtype"),
+        ({A: torch.zeros(2, 32, dtype=torch.bool)}, A, "wrong_dtype"),
+        ({A: torch.zeros(2, 32, dtype=torch.complex64)}, A, "wrong_dtype"),
+        ({A: torch.zeros(2, 32, dtype=torch.float8_e4m3fn)}, A, "wrong_dtype"),
+    ],
+)
+def test_a_wrong_tensor_is_named(changes: dict, param: str, code: str, spec: BackboneSpec) -> None:
+    message = refused(lambda: read_checkpoint(with_tensors(**changes), NAMES, spec), param, code)
+    assert param in message
+
+
+def test_one_nan_among_many_numbers_is_found(spec: BackboneSpec) -> None:
+    poisoned = peft_tensors()[B].clone()
+    poisoned[31, 1] = float("nan")
+    refused(lambda: read_checkpoint(with_tensors(**{B: poisoned}), NAMES, spec), B, "not_finite")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_every_float_is_accepted_as_it_is(dtype: torch.dtype, spec: BackboneSpec) -> None:
+    files = peft_files(tensors={name: tensor.to(dtype) for name, tensor in peft_tensors().items()})
+    artifact = read_checkpoint(files, NAMES, spec)
+    assert {tensor.dtype for tensor in artifact.tensors.values()} == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "code"),
+    [
+        (peft_tensors(layers=12), "unused_tensor"),
+        (peft_tensors(layers=1), "missing_tensor"),
+        (peft_tensors(hidden=64), "wrong_shape"),
+        (peft_tensors(root="roberta.encoder"), "unused_tensor"),
+        (
+            {
+                f"base_model.model.transformer.encoder.block.0.layer.0.SelfAttention.q.lora_{part}.weight": torch.zeros(
+                    2, 32
+                )
+                for part in "AB"
+            },
+            "unused_tensor",
+        ),
+    ],
+)
+def test_an_adapter_of_another_backbone_is_refused_by_a_tensors_name(
+    tensors: dict, code: str, spec: BackboneSpec
+) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        read_checkpoint(peft_files(tensors=tensors), NAMES, spec)
+    assert caught.value.error_code == code
+    assert caught.value.param in tensors or code == "missing_tensor"
+    assert caught.value.param in caught.value.message
+
+
+def test_heads_that_are_not_one_linear_layer_are_refused(backbone_of: Callable[[str], Backbone]) -> None:
+    refused(lambda: read_checkpoint(peft_files(), NAMES, backbone_of("roberta").spec), "task_type", "unsupported_head")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, -1])
+def test_truncated_tensors(keep: int, spec: BackboneSpec) -> None:
+    files = peft_files()
+    files[WEIGHTS] = files[WEIGHTS][:keep]
+    refused(lambda: read_checkpoint(files, NAMES, spec), WEIGHTS, "bad_file")
+
+
+def safetensors_file(header: Any, body: bytes = b"") -> bytes:
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\xff" * 8,
+        b"PK\x03\x04",
+        struct.pack("<Q", 1 << 60) + b"{}",
+        safetensors_file([]),
+        safetensors_file({"a": 1}),
+        safetensors_file({"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 1]}}, b"1"),
+        safetensors_file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"123"),
+        safetensors_file({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}, b"1234"),
+        safetensors_file({"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}, b"1"),
+        safetensors_file({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
+        safetensors_file({"a": {"dtype": "F32", "shape": [0, 1 << 62, 4], "data_offsets": [0, 0]}}),
+        safetensors_file({"a": {"dtype": "F32", "shape": [1 << 63, 0], "data_offsets": [0, 0]}}),
+        safetensors_file({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}, b"1234more"),
+    ],
+)
+def test_what_is_no_safetensors_file(data: bytes) -> None:
+    message = refused(lambda: read_tensors("x.safetensors", data), "x.safetensors", "bad_file")
+    assert "\n" not in message
+
+
+def test_a_pickle_is_not_opened(spec: BackboneSpec) -> None:
+    files = {CONFIG: peft_files()[CONFIG], "adapter_model.bin": b"\x80\x04."}
+    message = refused(lambda: read_checkpoint(files, NAMES, spec), "adapter_model.bin", "bad_file")
+    assert "safe_serialization" in message
+
+
+@pytest.mark.parametrize(
+    ("files", "param", "code"),
+    [
+        ({}, "files", "unknown_format"),
+        ({"README.md": b""}, "files", "unknown_format"),
+        ({WEIGHTS: b""}, "files", "unknown_format"),
+        ({f"x{CONFIG}": b"", "MANIFEST.JSON": b""}, "files", "unknown_format"),
+        ({CONFIG: b"{}"}, WEIGHTS, "missing_file"),
+        ({f"a/{CONFIG}": b"{}", f"b/{WEIGHTS}": b""}, WEIGHTS, "missing_file"),
+        ({"manifest.json": b"{}"}, "adapter.safetensors", "missing_file"),
+        (peft_files() | peft_files(folder="other/"), "files", "unknown_format"),
+        (peft_files() | {"manifest.json": b"{}"}, "files", "unknown_format"),
+    ],
+)
+def test_not_exactly_one_adapter(files: Files, param: str, code: str, spec: BackboneSpec) -> None:
+    labels = None if "manifest.json" in files else NAMES
+    message = refused(lambda: read_checkpoint(files, labels, spec), param, code)
+    assert code != "unknown_format" or "accepted" in message
+
+
+# ------------------------------------------------------------------------------------------------- our own artifact
+
+
+def native_files(artifact: Artifact) -> Files:
+    return {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
+
+
+def test_our_own_format_keeps_its_bytes_and_its_version(native: Artifact, spec: BackboneSpec) -> None:
+    read = read_checkpoint({f"x/{path}": data for path, data in native_files(native).items()}, None, spec)
+    assert read.version == native.version
+    assert (read.manifest_bytes, read.tensor_bytes) == (native.manifest_bytes, native.tensor_bytes)
+    assert read.manifest == native.manifest
+
+
+def test_labels_beside_a_manifest_are_refused(native: Artifact, spec: BackboneSpec) -> None:
+    refused(lambda: read_checkpoint(native_files(native), NAMES, spec), "labels")
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"format": 2}, "format"),
+        ({"format": "1"}, "format"),
+        ({"method": ...}, "method"),
+        ({"method": 3}, "method"),
+        ({"labels": ...}, "labels"),
+        ({"labels": []}, "labels"),
+        ({"labels": ["a", "a"]}, "labels"),
+        ({"labels": ["a", ""]}, "labels.1"),
+        ({"labels": "ab"}, "labels"),
+        ({"config": []}, "config"),
+        ({"source": None}, "source"),
+        ({"surprise": 1}, "surprise"),
+        ({"backbone": {"surprise": 1}}, "backbone.surprise"),
+        ({"backbone": {"num_layers": "many"}}, "backbone.num_layers"),
+        ({"golden": {"texts": [], "outputs": []}}, "golden.texts"),
+        ({"golden": {"texts": ["a"], "outputs": [["x"]]}}, "golden.outputs.0.0"),
+        ({"training": {}}, "training.data_sha256"),
+    ],
+)
+def test_a_wrong_manifest_field_is_named(changes: dict, param: str, native: Artifact) -> None:
+    document = {key: value for key, value in (json.loads(native.manifest_bytes) | changes).items() if value is not ...}
+    message = refused(lambda: Artifact.parse(json.dumps(document).encode(), native.tensor_bytes), param)
+    assert message.startswith("manifest.json")
+
+
+@pytest.mark.parametrize("document", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, b'{"config":' * 100_000])
+def test_a_manifest_that_is_no_json_object(document: bytes, native: Artifact) -> None:
+    refused(lambda: Artifact.parse(document, native.tensor_bytes), "manifest.json")
+
+
+def test_broken_tensors_beside_a_good_manifest(native: Artifact) -> None:
+    refused(lambda: Artifact.parse(native.manifest_bytes, native.tensor_bytes[:-1]), "adapter.safetensors", "bad_file")
+
+
+def test_a_version_is_a_digest_of_both_files(native: Artifact) -> None:
+    assert Artifact.verify(native.version, native.manifest_bytes, native.tensor_bytes).version == native.version
+    spaced = native.manifest_bytes + b" "  # the same manifest in other bytes
+    nudged = native.tensor_bytes[:-1] + bytes([native.tensor_bytes[-1] ^ 1])
+    for manifest, tensors in ((spaced, native.tensor_bytes), (native.manifest_bytes, nudged), (b"", b"")):
+        message = refused(
+            lambda manifest=manifest, tensors=tensors: Artifact.verify(native.version, manifest, tensors),
+            None,
+            "corrupt_version",
+            CorruptVersion,
+        )
+        assert native.version in message
+    assert native.version == native.version.lower()
+    assert len(native.version) == 64
+
+
+def test_a_version_does_not_depend_on_the_order_of_tensors_or_fields(native: Artifact) -> None:
+    shuffled = dict(reversed(native.tensors.items()))
+    fields = native.manifest.model_dump()
+    fields["config"] = dict(reversed(fields["config"].items()))
+    manifest = Manifest.model_validate(dict(reversed(fields.items())))
+    assert list(manifest.config) != list(native.manifest.config)
+    assert Artifact.build(manifest, shuffled).version == native.version
+
+
+# ------------------------------------------------------------------------------------------------------- Blueprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "code"),
+    [
+        ({"method": "lorax"}, "method", "unsupported_method"),
+        ({"task": "poetry"}, "task", "unsupported_task"),
+        ({"config": {"target_modules": ["query"], "use_dora": True}}, "config.use_dora", "unsupported_option"),
+        ({"config": {}}, "config.target_modules", "unsupported_option"),
+        ({"config": {"target_modules": []}}, "config.target_modules", "unsupported_option"),
+        ({"config": {"target_modules": ["nope"]}}, "target_modules", "unknown_target"),
+        ({"config": {"target_modules": ["query"], "r": 0}}, "config.r", "unsupported_option"),
+        ({"method": "bottleneck", "config": {"reduction_factor": 0}}, "config.reduction_factor", "unsupported_option"),
+        (
+            {"method": "bottleneck", "config": {"reduction_factor": 1e-320}},
+            "config.reduction_factor",
+            "unsupported_option",
+        ),
+        ({"method": "bottleneck", "config": {"non_linearity": "mish"}}, "config.non_linearity", "unsupported_option"),
+        ({"method": "bottleneck", "config": {"output_adapter": False}}, "config", "unsupported_option"),
+        ({"head": {"pooling": "max"}}, "head.pooling", "unsupported_option"),
+        ({"head": {"dropout": 0.1}}, "head.dropout", "unsupported_option"),
+        ({"labels": ["only"]}, "labels", "invalid_labels"),
+        ({"labels": []}, "labels", "invalid_labels"),
+    ],
+)
+def test_a_wrong_blueprint_names_the_field(changes: dict, param: str, code: str, spec: BackboneSpec) -> None:
+    good = {
+        "method": "lora",
+        "config": {"target_modules": ["query"]},
+        "task": "classification",
+        "head": {},
+        "labels": NAMES,
+    }
+    Blueprint.check(**good, spec=spec)
+    refused(lambda: Blueprint.check(**good | changes, spec=spec), param, code)
+
+
+@pytest.mark.parametrize(("method", "options"), VARIANTS)
+def test_every_tensor_of_every_method_is_needed(method: str, options: dict, spec: BackboneSpec) -> None:
+    blueprint = make_blueprint(spec, method, options)
+    tensors = random_tensors(blueprint, seed=0)
+    blueprint.check_tensors(tensors)
+    for name in tensors:
+        rest = {other: tensor for other, tensor in tensors.items() if other != name}
+        refused(lambda rest=rest: blueprint.check_tensors(rest), name, "missing_tensor")
+        poisoned = tensors | {name: tensors[name] * float("nan")}
+        refused(lambda poisoned=poisoned: blueprint.check_tensors(poisoned), name, "not_finite")
+        longer = tensors | {name: torch.cat([tensors[name], tensors[name]])}
+        refused(lambda longer=longer: blueprint.check_tensors(longer), name, "wrong_shape")
+
+
+# ------------------------------------------------------------------------------------------------- uploads, gather
+
+
+def zipped(files: Mapping[str, bytes], compression: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def tarred(*members: tuple[tarfile.TarInfo | str, bytes], **kwargs: Any) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", **kwargs) as archive:
+        for info, data in members:
+            member = tarfile.TarInfo(info) if isinstance(info, str) else info
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def special(kind: bytes, name: str = "x", target: str = "/etc/passwd") -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type, info.linkname = kind, target
+    return info
+
+
+def test_loose_files_and_every_archive_give_the_same(spec: BackboneSpec) -> None:
+    files = peft_files(folder="run-7/")
+    expected = read_checkpoint(files, NAMES, spec).version
+    folder = special(tarfile.DIRTYPE, "run-7/")
+    uploads = [
+        [(name, data) for name, data in files.items()],
+        *(
+            [("a.zip", zipped(files | {"run-7/": b"", "empty/": b""}, compression))]
+            for compression in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+        ),
+        *([(name, tarred((folder, b""), *files.items()))] for name in ("a.tar.gz", "a.tgz", "A.TGZ")),
+        [("adapter_config.json", files[f"run-7/{CONFIG}"]), ("w.zip", zipped({WEIGHTS: files[f"run-7/{WEIGHTS}"]}))],
+    ]
+    for upload in uploads:
+        assert read_checkpoint(gather(upload, LIMIT), NAMES, spec).version == expected
+
+
+UNSAFE = ["../x", "a/../../x", "/etc/passwd", "..", ".", "", "a\\..\\b", "C:\\x", "a\0b", "//x"]
+
+
+@pytest.mark.parametrize("name", UNSAFE)
+def test_an_unsafe_file_name(name: str) -> None:
+    refused(lambda: gather([(name, b"")], LIMIT), name or "files", "unsafe_path")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "a\\..\\b"])
+def test_an_unsafe_name_in_an_archive(name: str) -> None:
+    refused(lambda: gather([("a.zip", zipped({name: b""}))], LIMIT), name, "unsafe_path")
+    refused(lambda: gather([("a.tgz", tarred((name, b"")))], LIMIT), name, "unsafe_path")
+
+
+def test_an_empty_name_in_a_zip() -> None:
+    broken = bytearray(zipped({"x": b"1"}))
+    for signature, offset in ((b"PK\x03\x04", 26), (b"PK\x01\x02", 28)):
+        at = broken.index(signature)
+        broken[at + offset] = 0  # the name's length
+        del broken[broken.index(b"x", at)]
+    struct.pack_into("<I", broken, broken.index(b"PK\x05\x06") + 16, broken.index(b"PK\x01\x02"))
+    refused(lambda: gather([("a.zip", bytes(broken))], LIMIT), "a.zip", "bad_file")
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE])
+def test_a_tar_may_hold_nothing_but_files_and_folders(kind: bytes) -> None:
+    refused(lambda: gather([("a.tgz", tarred((special(kind), b"")))], LIMIT), "x", "bad_file")
+
+
+def test_a_symlink_in_a_zip_is_only_its_text() -> None:
+    info = zipfile.ZipInfo("link")
+    info.external_attr = 0o120777 << 16
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(info, "/etc/passwd")
+    assert gather([("a.zip", buffer.getvalue())], LIMIT) == {"link": b"/etc/passwd"}
+
+
+def test_a_name_in_a_tar_that_is_not_unicode() -> None:
+    data = tarred(("../\xff", b""), format=tarfile.USTAR_FORMAT, encoding="latin-1")
+    refused(lambda: gather([("a.tgz", data)], LIMIT), "a.tgz", "bad_file")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_the_same_file_twice() -> None:
+    refused(lambda: gather([("x", b"1"), ("x", b"1")], LIMIT), "x", "bad_file")
+    refused(lambda: gather([("x", b"1"), ("./x", b"2")], LIMIT), "x", "bad_file")
+    refused(lambda: gather([("a.tgz", tarred(("x", b"1"), ("x", b"2")))], LIMIT), "x", "bad_file")
+    refused(lambda: gather([("x", b""), ("a.zip", zipped({"x": b""}))], LIMIT), "x", "bad_file")
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("x", b"1")
+        archive.writestr("x", b"2")
+    refused(lambda: gather([("a.zip", buffer.getvalue())], LIMIT), "x", "bad_file")
+
+
+def test_too_many_files() -> None:
+    assert len(gather([(str(i), b"") for i in range(MAX_FILES)], LIMIT)) == MAX_FILES
+    many = {str(i): b"" for i in range(MAX_FILES + 1)}
+    refused(lambda: gather(list(many.items()), LIMIT), "files", "bad_file")
+    refused(lambda: gather([("a.zip", zipped(many))], LIMIT), "files", "bad_file")
+    refused(lambda: gather([("a.tgz", tarred(*many.items()))], LIMIT), "files", "bad_file")
+
+
+def too_large(uploads: list[tuple[str, bytes]], limit: int) -> None:
+    refused(lambda: gather(uploads, limit), "files", "too_large", TooLarge)
+
+
+def test_contents_over_the_limit() -> None:
+    uploads = [("a", b"12345"), ("z.zip", zipped({"b": b"12345", "c": b"12345"})), ("t.tgz", tarred(("d", b"12345")))]
+    assert set(gather(uploads, 20)) == {"a", "b", "c", "d"}
+    too_large(uploads, 19)
+    too_large([("a", b"123456")], 5)
+    two = {"b": b"12345", "c": b"12345"}
+    for name, data in (("z.zip", zipped(two)), ("t.tgz", tarred(*two.items()))):
+        assert gather([(name, data)], 10) == two
+        too_large([(name, data)], 9)
+    for name, data in uploads[1:]:
+        too_large([(name, data)], 4)
+
+
+def peak_memory(call: Callable[[], Any]) -> int:
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_zip_bomb_is_not_unpacked() -> None:
+    bomb = zipped({"x": bytes(32 * LIMIT)})
+    assert len(bomb) < LIMIT / 16
+    assert peak_memory(lambda: too_large([("a.zip", bomb)], LIMIT)) < 8 * LIMIT
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_compressions_that_unpack_without_bounds_are_refused(compression: int) -> None:
+    bomb = zipped({"x": bytes(32 * LIMIT)}, compression)
+    assert peak_memory(lambda: refused(lambda: gather([("a.zip", bomb)], LIMIT), "x", "bad_file")) < LIMIT
+
+
+def test_a_zip_that_lies_about_its_sizes() -> None:
+    data = bytearray(zipped({"x": bytes(4 * LIMIT)}))
+    for signature, offset in ((b"PK\x03\x04", 22), (b"PK\x01\x02", 24)):
+        at = data.index(signature) + offset
+        data[at : at + 4] = struct.pack("<I", 10)
+    with pytest.raises((InvalidAdapter, TooLarge)):
+        gather([("a.zip", bytes(data))], LIMIT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE])
+def test_a_tar_bomb_is_not_unpacked(kind: bytes) -> None:
+    """Headers of any size included: tarfile itself would read a long name whole."""
+    info = special(kind)
+    info.size = 32 * LIMIT
+    buffer = io.BytesIO()
+    with gzip.open(buffer, "wb", compresslevel=1) as stream:
+        stream.write(info.tobuf(tarfile.GNU_FORMAT))
+        for _ in range(32):
+            stream.write(b"a" * LIMIT)
+        stream.write(tarfile.TarInfo("y").tobuf() + bytes(1024))
+    bomb = buffer.getvalue()
+    assert len(bomb) < LIMIT
+    assert peak_memory(lambda: too_large([("a.tgz", bomb)], LIMIT)) < 12 * LIMIT
+
+
+@pytest.mark.parametrize("name", ["a.zip", "a.tar.gz", "a.tgz"])
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"x", b"PK\x03\x04", b"PK\x05\x06" + bytes(10), b"\x1f\x8b", gzip.compress(b"not a tar" * 100), bytes(1024)],
+)
+def test_a_broken_archive(name: str, data: bytes) -> None:
+    refused(lambda: gather([(name, data)], LIMIT), name, "bad_file")
+
+
+def test_an_encrypted_zip() -> None:
+    data = bytearray(zipped({"x": b"secret"}))
+    for signature, offset in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        data[data.index(signature) + offset] |= 1
+    refused(lambda: gather([("a.zip", bytes(data))], LIMIT), "a.zip", "bad_file")
+
+
+def test_a_zip_whose_content_does_not_match_its_checksum() -> None:
+    data = bytearray(zipped({"x": b"some content"}, zipfile.ZIP_STORED))
+    data[data.index(b"some")] ^= 1
+    refused(lambda: gather([("a.zip", bytes(data))], LIMIT), "a.zip", "bad_file")
+
+
+# ------------------------------------------------------------------------------------------------------------ fuzz
+
+
+def corrupt(data: bytes, seed: int) -> bytes:
+    """`data` with a few bytes changed, dropped, doubled, or its end cut off."""
+    rng = random.Random(seed)
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 5)):
+        at = rng.randrange(len(changed))
+        kind = rng.randrange(8)
+        if kind < 4:
+            changed[at] = rng.choice((0, 255, 0x7B, 0x22, 0x39, 0x2D, rng.randrange(256)))
+        elif kind == 4:
+            del changed[at : at + rng.randint(1, 9)]
+        elif kind == 5:
+            changed[at:at] = changed[at : at + rng.randint(1, 30)]
+        elif kind == 6:
+            changed[at : at + 8] = rng.randbytes(8)
+        elif rng.random() < 0.3:
+            del changed[at:]
+        if not changed:
+            break
+    return bytes(changed)
+
+
+def harmless(call: Callable[[], Any]) -> None:
+    """Parses, or raises one of our errors with a message that an answer can carry."""
+    try:
+        call()
+    except AdapterdError as error:
+        (error.message + (error.param or "")).encode()
+
+
+fuzz = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@fuzz
+@given(data=st.binary(max_size=200))
+def test_random_bytes_harm_nothing(data: bytes, native: Artifact, spec: BackboneSpec) -> None:
+    good = peft_files()
+    harmless(lambda: read_tensors("x", data))
+    harmless(lambda: read_tensors("x", struct.pack("<Q", len(data)) + data))
+    harmless(lambda: Artifact.parse(data, native.tensor_bytes))
+    harmless(lambda: read_checkpoint({CONFIG: data, WEIGHTS: good[WEIGHTS]}, NAMES, spec))
+    harmless(lambda: read_checkpoint(good | {"config.json": data}, None, spec))
+    for name in ("a.zip", "a.tgz"):
+        harmless(lambda name=name: gather([(name, data)], LIMIT))
+    harmless(lambda: gather([("a.tgz", gzip.compress(data, 0))], LIMIT))
+
+
+@pytest.mark.parametrize("target", ["manifest", "tensors", "config", "zip", "tar", "gzip"])
+def test_damaged_files_harm_nothing(target: str, native: Artifact, spec: BackboneSpec) -> None:
+    good = peft_files()
+    plain_tar = gzip.decompress(tarred(("ünï" * 50, b"content"), *good.items(), format=tarfile.PAX_FORMAT))
+    small = {"x.bin": bytes(range(256)) * 4}
+    calls: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
+        "manifest": (native.manifest_bytes, lambda data: Artifact.parse(data, native.tensor_bytes)),
+        "tensors": (good[WEIGHTS], lambda data: read_checkpoint(good | {WEIGHTS: data}, NAMES, spec)),
+        "config": (good[CONFIG], lambda data: read_checkpoint(good | {CONFIG: data}, NAMES, spec)),
+        "zip": (zipped(small), lambda data: gather([("a.zip", data)], LIMIT)),
+        "tar": (plain_tar, lambda data: gather([("a.tgz", gzip.compress(data, 0))], LIMIT)),
+        "gzip": (gzip.compress(plain_tar), lambda data: gather([("a.tgz", data)], LIMIT)),
+    }
+    data, call = calls[target]
+    call(data)
+    for seed in range(400):
+        harmless(lambda seed=seed: call(corrupt(data, seed)))
+
+
+@fuzz
+@given(option=st.sampled_from(sorted(peft_config())) | st.text(max_size=5), value=json_values)
+@example(option="peft_version", value="\ud800")
+@example(option="base_model_name_or_path", value="\ud800")
+@example(option="\ud800", value=True)
+def test_any_value_of_any_peft_option_harms_nothing(option: str, value: Any, spec: BackboneSpec) -> None:
+    harmless(lambda: read_checkpoint(peft_files(peft_config(**{option: value})), NAMES, spec))
+
+
+@fuzz
+@given(
+    field=st.sampled_from(sorted(Manifest.model_fields)) | st.text(max_size=5),
+    value=json_values,
+)
+def test_any_value_of_any_manifest_field_harms_nothing(
+    field: str, value: Any, native: Artifact, spec: BackboneSpec
+) -> None:
+    document = json.loads(native.manifest_bytes) | {field: value}
+
+    def load() -> None:
+        manifest = Artifact.parse(json.dumps(document).encode(), native.tensor_bytes).manifest
+        fields = ("method", "config", "task", "head", "labels")
+        Blueprint.check(**{name: getattr(manifest, name) for name in fields}, spec=spec).check_tensors(native.tensors)
+
+    harmless(load)
+
+
+@fuzz
+@given(
+    method=st.sampled_from(["lora", "bottleneck"]),
+    option=st.sampled_from(
+        ["r", "lora_alpha", "target_modules", "reduction_factor", "non_linearity", "mh_adapter", "output_adapter"]
+    ),
+    value=json_values | st.floats(min_value=0, max_value=1e-300),
+)
+def test_any_hyperparameter_harms_nothing(method: str, option: str, value: Any, spec: BackboneSpec) -> None:
+    base = {"lora": {"target_modules": ["query"]}, "bottleneck": {}}[method]
+    harmless(
+        lambda: Blueprint.check(
+            method=method, config=base | {option: value}, task="classification", head={}, labels=NAMES, spec=spec
+        ).shapes()
+    )
+
+
+@fuzz
+@given(name=st.text(max_size=12) | st.text(alphabet="./\\a\0", max_size=8))
+def test_any_file_name_stays_inside(name: str) -> None:
+    try:
+        (path,) = gather([(name, b"")], LIMIT)
+    except AdapterdError:
+        return
+    assert not path.startswith("/")
+    assert ".." not in path.split("/")
+    assert gather([(path, b"")], LIMIT) == {path: b""}
+
+
+def test_safetensors_round_trip_of_every_float(native: Artifact) -> None:
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        data = safetensors.torch.save({"a": torch.arange(6, dtype=dtype).reshape(2, 3)})
+        assert read_tensors("x", data)["a"].dtype == dtype
