@@ -23,12 +23,9 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     Raises BackboneError or StoreUnavailable where one of them cannot be had.
     """
     metrics = Metrics()
-    engine = Engine(
-        backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype),
-        store or AdapterStore.open(settings.store),
-        settings,
-        metrics,
-    )
+    store = store or AdapterStore.open(settings.store)
+    backbone = backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype)
+    engine = Engine(backbone, store, settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

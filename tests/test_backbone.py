@@ -604,3 +604,10 @@ def test_padding_is_not_part_of_the_states(backbone_of: BackboneOf) -> None:
 def test_the_vocabulary_of_the_tests_fits_the_models() -> None:
     assert fast_tokenizer().get_vocab_size() == fast_tokenizer(1).get_vocab_size() == VOCABULARY
     assert fast_tokenizer(1).token_to_id("[PAD]") == 1
+
+
+def test_packed_attention_refuses_what_short_texts_would_not_show() -> None:
+    packed = attention.PackedTexts([2, 3], CPU)
+    states = torch.randn(1, 2, 5, 4)
+    with pytest.raises(ValueError, match="sliding"):
+        attention.packed_attention(torch.nn.Module(), states, states, states, None, packed=packed, sliding_window=4)

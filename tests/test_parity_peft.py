@@ -132,6 +132,19 @@ def test_parity_on_a_tiny_bert(tmp_path: Path) -> None:
     check_parity(backbone, adapters, texts, references)
 
 
+def test_targets_may_be_whole_paths_as_peft_sees_them(bert: Backbone, tmp_path: Path) -> None:
+    targets = ["bert.encoder.layer.1.attention.self.query", "layer.0.output.dense"]
+    classifier = BertForSequenceClassification(tiny_model("bert").config)
+    classifier.bert.load_state_dict(tiny_model("bert").state_dict())
+    reference = train_like(classifier, 0, {"labels": 2, "r": 4, "target_modules": targets}, tmp_path)
+    adapter = load(bert, tmp_path, LABELS[:2])
+    assert {site.name for site in adapter.weights.sites} == {
+        "encoder.layer.1.attention.self.query",
+        "encoder.layer.0.output.dense",
+    }
+    check_parity(bert, [adapter], bert.tokenizer.encode(["w1 w2", "w4 w5 w6"], truncate=True), [reference])
+
+
 @pytest.mark.parametrize("options", [{"use_rslora": True}, {"use_dora": True}, {"bias": "all"}])
 def test_what_peft_saves_for_other_math_is_refused(options: dict, bert: Backbone, tmp_path: Path) -> None:
     classifier = BertForSequenceClassification(tiny_model("bert").config)

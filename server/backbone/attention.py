@@ -68,12 +68,16 @@ def packed_attention(
     packed: PackedTexts,
     scaling: float | None = None,
     dropout: float = 0.0,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Attention inside each text: query [1, heads, tokens, size], key and value likewise -> [1, tokens, heads, size].
 
-    Signature as transformers calls it; keys and values may have fewer heads (grouped queries).
+    Signature as transformers calls it; keys and values may have fewer heads (grouped queries). Raises ValueError for a
+    sliding window, which short texts would not show to be missing.
     """
+    if sliding_window is not None:
+        raise ValueError("packed attention has no sliding windows")
     masks = packed.masks(bool(getattr(module, "is_causal", False)), query.dtype)
     windows = zip(*(torch.split(t, packed.sizes, dim=2) for t in (query, key, value)), masks, strict=True)
     grouped = query.shape[1] != key.shape[1]

@@ -128,7 +128,8 @@ def _config(options: Mapping[str, Any], spec: BackboneSpec) -> LoraConfig:
     if not isinstance(targets, list):
         raise refuse("target_modules", "a list of module names")
     # PEFT lets targets be listed that match nothing; a tensor of such a one is refused by its name later.
-    present = [t for t in targets if isinstance(t, str) and any(matches(t, site) for site in spec.sites)]
+    paths = [target.removeprefix(f"{spec.prefix}.") for target in targets if isinstance(target, str)]
+    present = [path for path in paths if any(matches(path, site) for site in spec.sites)]
     if not present:
         raise InvalidAdapter(
             f"{CONFIG}: none of the target_modules {targets} is a linear layer of the backbone ({spec.model_type})",
