@@ -1,5 +1,6 @@
 """The command `adapterd`. Heavy imports happen inside the commands, so that --help answers at once."""
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -46,6 +47,10 @@ def serve(
             field = ".".join(map(str, wrong["loc"]))
             print(f"adapterd: {field} (ADAPTERD_{field.upper()}): {wrong['msg']}", file=sys.stderr)
         raise typer.Exit(2) from None
+    known = {f"ADAPTERD_{field.upper()}" for field in Settings.model_fields}
+    if unknown := sorted(name for name in os.environ if name.startswith("ADAPTERD_") and name not in known):
+        print(f"adapterd: {unknown[0]} is not a setting; see docs/settings.md", file=sys.stderr)
+        raise typer.Exit(2)
     from server import serving
 
     raise typer.Exit(serving.run(settings))

@@ -24,6 +24,10 @@ class Site:
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
 
+    def is_target(self, target: str) -> bool:
+        """PEFT's rule for a list of target modules: a linear layer's whole path, or the end of it after a dot."""
+        return self.kind is SiteKind.LINEAR and (self.name == target or self.name.endswith(f".{target}"))
+
 
 class Pooling(StrEnum):
     """How the token states of a text become one vector."""
@@ -99,7 +103,7 @@ def check_text(text: str) -> str:
 
 
 Prediction = list[LabelScore]
-"""All labels of one text, best first."""
+"""The labels of one text, best first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,8 @@ class ClassifyRequest:
     adapter: str
     inputs: tuple[str, ...]
     truncate: bool = True
+    top_k: int | None = None
+    """Labels wanted of each text, the best ones; all of them if None."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ AdapterdError
 ├── StoreUnavailable        503  the store failed; carries Retry-After
 ├── ShuttingDown            503
 ├── CorruptVersion          500  a stored version that is not what its name says
+├── NotFiniteOutput         500  an adapter overflowed on this text
 ├── UnservableAdapter       500  a stored version that was made for another backbone
 └── BackboneError           500  the backbone cannot be loaded or served
 """
@@ -103,6 +104,12 @@ class CorruptVersion(AdapterdError):
     """The bytes of a stored version do not match the digest that names it."""
 
     code = "corrupt_version"
+
+
+class NotFiniteOutput(AdapterdError):
+    """An adapter's outputs for a text are NaN or infinite."""
+
+    code = "not_finite_output"
 
 
 class UnservableAdapter(AdapterdError):

@@ -1,4 +1,5 @@
-"""Structured logs: one configuration, request ids in every line, libraries' own logs through the same pipe."""
+"""Structured logs: one configuration, libraries' own logs through the same pipe, and the request id in every line that
+a request causes on the event loop."""
 
 import logging
 import sys

@@ -14,7 +14,8 @@ from server.engine.engine import Engine
 from server.errors import AdapterdError
 from server.settings import Settings
 
-log = logs.get_logger("adapterd")
+SHUTDOWN_SECONDS = 30
+"""How long requests may take to end once a signal has come; what still runs then gets no answer."""
 
 
 class _Server(uvicorn.Server):
@@ -37,7 +38,16 @@ def run(settings: Settings) -> int:
     except AdapterdError as error:
         print(f"adapterd: {error.message}", file=sys.stderr)
         return 1
-    server = _Server(uvicorn.Config(app, host=settings.host, port=settings.port, log_config=None, access_log=False))
+    server = _Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        )
+    )
     server.run()
     return 0 if server.started else 1
 

@@ -15,9 +15,11 @@ import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from server.api.schemas import ClassifyBody
 from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
 from server.backbone.source import resolve
@@ -83,7 +85,7 @@ def store() -> AdapterStore:
 
 @pytest.fixture(scope="module")
 def client(minilm: Backbone, store: AdapterStore) -> Iterator[TestClient]:
-    settings = Settings(max_body_bytes=100_000, max_upload_bytes=4_000_000, max_inputs=64)
+    settings = Settings(max_body_bytes=100_000, max_upload_bytes=5_000_000, max_inputs=64)
     app = create_app(settings, backbone=minilm, store=store)
     with TestClient(app, raise_server_exceptions=False) as client:
         for name, method, config, labels in (
@@ -388,6 +390,35 @@ def test_odd_texts_are_answered(client: TestClient, text: str) -> None:
     assert sum(scores(classify(client, "lora", text))[0].values()) == pytest.approx(1)
 
 
+def test_a_body_full_of_mistakes_costs_no_more_than_one(client: TestClient) -> None:
+    """Only the first is looked at; a hundred thousand error objects would hold up everybody."""
+    refused(classify(client, "lora", [""] * 20_000), 422, "inputs.0")
+    fields = {f"f{index}": 1 for index in range(5_000)}
+    body = ClassifyBody.model_validate
+    with pytest.raises(ValidationError) as caught:
+        body({"adapter": "lora", "inputs": "a", **fields})
+    assert caught.value.error_count() == 1
+    with pytest.raises(ValidationError) as caught:
+        body({"adapter": "lora", "inputs": [1] * 5_000})
+    assert caught.value.error_count() == 1
+
+
+def test_more_scores_than_an_answer_should_hold(client: TestClient, minilm: Backbone) -> None:
+    many = own_adapter(minilm, "lora", LORA, [f"label {index}" for index in range(2_000)], seed=3)
+    answer = put(client, "many", own_files(many))
+    assert answer.status_code == 201, answer.text
+    message = refused(classify(client, "many", ["a"] * 64), 413, "top_k", "too_many_scores")
+    assert "128000 scores" in message
+    first, second = scores(classify(client, "many", ["a"] * 64, top_k=2))[0], scores(classify(client, "many", "a"))[0]
+    assert len(second) == 2_000
+    assert list(first.items()) == [pytest.approx(one) for one in list(second.items())[:2]]
+
+
+def test_the_body_has_to_say_that_it_is_json(client: TestClient) -> None:
+    answer = client.post("/classify", content=b'{"adapter": "lora", "inputs": "a"}', headers={"content-type": "text/x"})
+    assert "Content-Type: application/json" in refused(answer, 422)
+
+
 def test_unknown_adapters_name_the_nearest(client: TestClient) -> None:
     message = refused(classify(client, "hulsby", "a"), 404, "adapter", "adapter_not_found")
     assert "did you mean 'houlsby'" in message
@@ -457,6 +488,8 @@ def bad_uploads(backbone: Backbone) -> Iterator[tuple[str, Files, dict[str, str]
     yield "NaN", retensored(good, **{QUERY_A: query.clone().fill_(float("nan"))}), {}, QUERY_A
     yield "infinite", retensored(good, **{QUERY_A: query.clone().fill_(float("inf"))}), {}, QUERY_A
     yield "wrong shape", retensored(good, **{QUERY_A: query[:, :10].contiguous()}), {}, QUERY_A
+    yield "too large", retensored(good, **{QUERY_A: query.clone().fill_(3e38)}), {}, "files"
+    yield "too large a type", retensored(good, **{QUERY_A: query.double().fill_(1e300)}), {}, QUERY_A
     yield "integers", retensored(good, **{QUERY_A: query.long()}), {}, QUERY_A
     yield "missing tensor", retensored(good, **{QUERY_A: None}), {}, QUERY_A
     yield "unused tensor", retensored(good, extra=torch.zeros(1)), {}, "extra"
@@ -479,14 +512,29 @@ def bad_uploads(backbone: Backbone) -> Iterator[tuple[str, Files, dict[str, str]
     mismatch = own_adapter(backbone, "lora", LORA, ["a", "b"], seed=5, golden=golden)
     yield "golden sample", own_files(mismatch), {}, "golden"
     short = own_adapter(backbone, "lora", LORA, ["a", "b"], seed=5, golden=Golden(texts=("a", "b"), outputs=((1.0,),)))
+    document = json.loads(mismatch.manifest_bytes)
+    document["golden"]["outputs"] = [[float("inf"), 0.0]]
+    yield (
+        "golden infinite",
+        own_files(good) | {"manifest.json": json.dumps(document).encode()},
+        {},
+        "golden.outputs.0.0",
+    )
+    yield (
+        "manifest size",
+        own_files(good) | {"manifest.json": b" " * (4 << 20) + good.manifest_bytes[:1]},
+        {},
+        "manifest.json",
+    )
     yield "golden shape", own_files(short), {}, "golden.outputs"
 
 
 BAD_UPLOADS = [
-    "truncated", "empty file", "missing file", "NaN", "infinite", "wrong shape", "integers", "missing tensor",
+    "truncated", "empty file", "missing file", "NaN", "infinite", "wrong shape", "too large",
+    "too large a type", "integers", "missing tensor",
     "unused tensor", "unknown method", "unknown task", "unknown option", "unknown target", "unknown field", "one label",
     "label twice", "labels twice told", "another fingerprint", "another size", "nothing known", "path in a name",
-    "path in a zip", "not a zip", "not a tar", "golden sample", "golden shape",
+    "path in a zip", "not a zip", "not a tar", "golden sample", "golden infinite", "manifest size", "golden shape",
 ]  # fmt: skip
 
 
@@ -531,15 +579,28 @@ def test_bad_peft_uploads(
     assert "LORA" in refused(put(client, "fresh", ia3, labels=three), 422, "peft_type")
     tensors = safetensors.torch.load(files["adapter_model.safetensors"])
     half = {name: tensor[..., : tensor.shape[-1] // 2].contiguous() for name, tensor in tensors.items()}
+    half |= {name: tensor for name, tensor in tensors.items() if "bias" in name}
     smaller = files | {"adapter_model.safetensors": safetensors.torch.save(half)}
     message = refused(put(client, "fresh", smaller, labels=three), 422, code="wrong_shape")
     assert "384" in message
     assert "192" in message
+    scalar = {**tensors, "base_model.model.classifier.weight": torch.tensor(1.0)}
+    files_scalar = files | {"adapter_model.safetensors": safetensors.torch.save(scalar)}
+    refused(put(client, "fresh", files_scalar, labels=three), 422, "base_model.model.classifier.weight", "wrong_shape")
+    for config, param in (
+        ({"problem_type": "multi_label_classification"}, "problem_type"),
+        ({"model_type": "roberta"}, "model_type"),
+        ({"hidden_size": 1024}, "hidden_size"),
+    ):
+        more = files | {"config.json": json.dumps(config).encode()}
+        refused(put(client, "fresh", more, labels=three), 422, param)
+    shifted = files | {"config.json": json.dumps({"id2label": {"1": "a", "2": "b", "3": "c"}}).encode()}
+    refused(put(client, "fresh", shifted), 422, "id2label")
     assert everything(store) == before
     still_works(client)
 
 
-@pytest.mark.parametrize("name", ["..%2Fescape", "a%2Fb", ".hidden", "a..b", "%20", "x" * 129, "caf%C3%A9"])
+@pytest.mark.parametrize("name", ["..%2Fescape", "a%2Fb", ".hidden", "a..b", "a%0a", "%20", "x" * 129, "caf%C3%A9"])
 def test_names_that_cannot_be(client: TestClient, minilm: Backbone, store: AdapterStore, name: str) -> None:
     before = everything(store)
     files = own_files(own_adapter(minilm, "lora", LORA, ["a", "b"], seed=5))
@@ -549,11 +610,11 @@ def test_names_that_cannot_be(client: TestClient, minilm: Backbone, store: Adapt
 
 def test_an_upload_over_the_limit(client: TestClient, store: AdapterStore) -> None:
     before = everything(store)
-    refused(put(client, "fresh", {"adapter.safetensors": bytes(5_000_000)}), 413, code="too_large")
-    bomb = zipped({"adapter.safetensors": bytes(5_000_000)})
+    refused(put(client, "fresh", {"adapter.safetensors": bytes(6_000_000)}), 413, code="too_large")
+    bomb = zipped({"adapter.safetensors": bytes(6_000_000)})
     stored = io.BytesIO()
     with zipfile.ZipFile(stored, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("adapter.safetensors", bytes(5_000_000))
+        archive.writestr("adapter.safetensors", bytes(6_000_000))
     assert len(stored.getvalue()) < 10_000 < len(bomb)
     refused(put(client, "fresh", {"a.zip": stored.getvalue()}), 413, "files", "too_large")
     assert everything(store) == before
@@ -565,6 +626,44 @@ def test_a_form_without_files(client: TestClient) -> None:
     refused(client.put("/admin/adapters/fresh", json={"files": []}), 422, "files")
     refused(client.put("/admin/adapters/fresh", data={"files": "text"}), 422)
     still_works(client)
+
+
+def test_an_upload_mends_a_damaged_version_and_one_damaged_release_hides_nobody(
+    minilm: Backbone, tmp_path: Path
+) -> None:
+    files = own_files(own_adapter(minilm, "lora", LORA, ["a", "b"], seed=5))
+    store = AdapterStore.open(str(tmp_path))
+    with TestClient(create_app(Settings(), backbone=minilm, store=store), raise_server_exceptions=False) as client:
+        for name in ("broken", "gone", "kept"):
+            assert put(client, name, files).status_code == 201
+        client.delete("/admin/adapters/gone")
+        [version] = (tmp_path / "kept" / "versions").iterdir()
+        (version / "adapter.safetensors").write_bytes(b"damaged")
+        (tmp_path / "broken" / "releases" / "000001.json").write_bytes(b"{}")
+    with TestClient(create_app(Settings(), backbone=minilm, store=store), raise_server_exceptions=False) as client:
+        listing = client.get("/admin/adapters", params={"limit": 1}).json()
+        assert [one["name"] for one in listing["adapters"]] == ["kept"]
+        assert listing["next"] is None
+        refused(classify(client, "kept", "a"), 500, code="corrupt_version")
+        mended = put(client, "kept", files)
+        assert (mended.status_code, mended.json()["release"]) == (200, 1)
+        assert classify(client, "kept", "a").status_code == 200
+        assert "did you mean" not in refused(classify(client, "gon", "a"), 404)  # not a deleted one
+
+
+def test_a_server_serves_what_it_has_just_acknowledged(minilm: Backbone) -> None:
+    """Also where another server released it, and the own view is older than that."""
+    store = AdapterStore.open("memory://")
+    old, new = (own_files(own_adapter(minilm, "lora", LORA, ["a", "b"], seed)) for seed in (1, 2))
+    settings = Settings(store_poll_seconds=3600)
+    with TestClient(create_app(settings, backbone=minilm, store=store)) as client:
+        version = put(client, "x", old).json()["version"]
+        assert classify(client, "x", "a").json()["version"] == version
+        artifact = Artifact.parse(new["manifest.json"], new["adapter.safetensors"])
+        store.release("x", store.put_version("x", artifact), by="another server")
+        answer = put(client, "x", new)
+        assert answer.status_code == 200
+        assert classify(client, "x", "a").json()["version"] == answer.json()["version"] != version
 
 
 def test_racing_uploads_end_in_a_release_or_a_conflict(client: TestClient, minilm: Backbone) -> None:

@@ -227,25 +227,26 @@ def test_fresh_tensors_are_the_same_for_the_same_seed(bert: Backbone) -> None:
 
 
 def one_site(method: str, options: dict, bert: Backbone) -> tuple:
-    """A method, its config, and double-precision parameters, x and y for one small site of it."""
+    """A method, its config, a site of it, and double-precision parameters, x and y for that site made small."""
     kind = METHODS[method]
     config = kind.Config.model_validate(method_config(method, options, bert.spec))
-    size_in, size_out = (5, 7) if kind.sites(config, bert.spec)[0].kind is SiteKind.LINEAR else (6, 6)
+    site = kind.sites(config, bert.spec)[0]
+    size_in, size_out = (5, 7) if site.kind is SiteKind.LINEAR else (6, 6)
     generator = torch.Generator().manual_seed(0)
 
     def random_tensor(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
 
-    params = {name: random_tensor(*shape) for name, shape in kind.shapes(config, size_in, size_out).items()}
-    return kind, config, params, random_tensor(4, size_in), random_tensor(4, size_out)
+    params = {name: random_tensor(*shape) for name, shape in kind.shapes(config, site, size_in, size_out).items()}
+    return kind, config, site, params, random_tensor(4, size_in), random_tensor(4, size_out)
 
 
 @variants
 def test_bind_and_apply_are_differentiable(method: str, options: dict, bert: Backbone) -> None:
-    kind, config, params, x, y = one_site(method, options, bert)
+    kind, config, site, params, x, y = one_site(method, options, bert)
 
     def output(x: Tensor, y: Tensor, *values: Tensor) -> Tensor:
-        return kind.apply(kind.bind(config, dict(zip(params, values, strict=True))), x, y)
+        return kind.apply(kind.bind(config, site, dict(zip(params, values, strict=True))), x, y)
 
     assert output(x, y, *params.values()).shape == y.shape
     assert torch.autograd.gradcheck(output, (x, y, *params.values()))
@@ -253,12 +254,12 @@ def test_bind_and_apply_are_differentiable(method: str, options: dict, bert: Bac
 
 @variants
 def test_apply_writes_to_nothing(method: str, options: dict, bert: Backbone) -> None:
-    kind, config, params, x, y = one_site(method, options, bert)
+    kind, config, site, params, x, y = one_site(method, options, bert)
     inputs = [x, y, *params.values()]
     for tensor in inputs:
         tensor.requires_grad_(False)
     before = [tensor.clone() for tensor in inputs]
-    weights = kind.bind(config, params)
+    weights = kind.bind(config, site, params)
     first = kind.apply(weights, x, y)
     kept = first.clone()
     first += 1  # a caller may do so; neither x nor y may be the same memory
@@ -268,8 +269,8 @@ def test_apply_writes_to_nothing(method: str, options: dict, bert: Backbone) -> 
 
 @variants
 def test_apply_takes_an_empty_slice(method: str, options: dict, bert: Backbone) -> None:
-    kind, config, params, x, y = one_site(method, options, bert)
-    assert kind.apply(kind.bind(config, params), x[:0], y[:0]).shape == (0, y.shape[1])
+    kind, config, site, params, x, y = one_site(method, options, bert)
+    assert kind.apply(kind.bind(config, site, params), x[:0], y[:0]).shape == (0, y.shape[1])
 
 
 def test_gradients_of_a_mixed_batch_are_those_of_its_rows(backbone: Backbone) -> None:

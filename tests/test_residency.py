@@ -217,6 +217,22 @@ def test_names_that_cannot_be_are_unknown(store: FlakyStore, pool: ThreadPoolExe
     assert store.reads == 0
 
 
+def test_a_store_that_hangs_leaves_the_known_release_serving(
+    store: FlakyStore, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.catalog.PATIENCE_SECONDS", 0.05)
+    clock = Clock()
+    seen = catalog(store, pool, clock)
+    store.release("sentiment", VERSIONS[0], by="test")
+    assert serving(seen, "sentiment") == VERSIONS[0]
+    answer = threading.Event()
+    store.current = lambda name: answer.wait(10) and None  # type: ignore[assignment,method-assign,return-value]
+    clock.now = 100.0
+    assert serving(seen, "sentiment") == VERSIONS[0]
+    assert not answer.is_set()
+    answer.set()
+
+
 def test_a_deleted_adapter_is_unknown_and_says_since_when(store: FlakyStore, pool: ThreadPoolExecutor) -> None:
     store.release("sentiment", VERSIONS[0], by="test")
     store.release("sentiment", None, by="test")

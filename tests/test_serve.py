@@ -180,6 +180,7 @@ def test_a_signal_ends_the_server_cleanly(tmp_path: Path) -> None:
         (["--port", "99999"], {}, "ADAPTERD_PORT"),
         (["--dtype", "int4"], {}, "ADAPTERD_DTYPE"),
         ([], {"max_inputs": "none"}, "ADAPTERD_MAX_INPUTS"),
+        ([], {"max_batch_token": "1"}, "ADAPTERD_MAX_BATCH_TOKEN is not a setting"),
         (["--backbone", "./no/such/folder"], {}, "no backbone folder './no/such/folder'"),
         (["--store", "ftp://somewhere"], {}, "store 'ftp://somewhere'"),
         (["--store", "/dev/null/x"], {}, "'/dev/null/x' cannot be opened"),

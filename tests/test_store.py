@@ -331,7 +331,7 @@ def test_whatever_the_object_store_raises(
 
     for name in ("put", "get", "list_with_delimiter"):
         monkeypatch.setattr(store_module.obstore, name, fail)
-    with pytest.raises(StoreUnavailable, match=r"^the adapter store failed: boom$") as caught:
+    with pytest.raises(StoreUnavailable, match=r"^the adapter store failed$") as caught:
         every_call(files)[call]()
     assert caught.value.__cause__ is error
 

@@ -36,20 +36,26 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
 
+    def defaults(self, spec: BackboneSpec) -> dict[str, Any]:
+        """Options of the method that training fills in from the backbone where the user gives none."""
+        return {}
+
     @abstractmethod
     def sites(self, config: ConfigT, spec: BackboneSpec) -> list[Site]:
         """The sites this adapter acts at. Raises InvalidAdapter where a target is not in the backbone."""
 
     @abstractmethod
-    def shapes(self, config: ConfigT, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: ConfigT, site: Site, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape, at a site of these sizes."""
 
     @abstractmethod
-    def init(self, config: ConfigT, size_in: int, size_out: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(
+        self, config: ConfigT, site: Site, size_in: int, size_out: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """Fresh float32 parameters for training, of the shapes that `shapes` gives."""
 
     @abstractmethod
-    def bind(self, config: ConfigT, params: Mapping[str, Tensor]) -> WeightsT:
+    def bind(self, config: ConfigT, site: Site, params: Mapping[str, Tensor]) -> WeightsT:
         """Prepares the parameters of one site for `apply`. Differentiable."""
 
     @abstractmethod
@@ -74,7 +80,7 @@ def tensor_shapes(method: Method, config: MethodConfig, spec: BackboneSpec) -> d
     return {
         tensor_name(site, param): shape
         for site in method.sites(config, spec)
-        for param, shape in method.shapes(config, *spec.sites[site]).items()
+        for param, shape in method.shapes(config, site, *spec.sites[site]).items()
     }
 
 
@@ -85,7 +91,7 @@ def init_tensors(
     return {
         tensor_name(site, param): value
         for site in method.sites(config, spec)
-        for param, value in method.init(config, *spec.sites[site], generator).items()
+        for param, value in method.init(config, site, *spec.sites[site], generator).items()
     }
 
 
@@ -103,8 +109,8 @@ def bind_tensors(
     """Prepares an adapter's tensors at all its sites. The tensors must have passed `check_tensors`."""
     sites = {}
     for site in method.sites(config, spec):
-        params = method.shapes(config, *spec.sites[site])
-        sites[site] = method.bind(config, {param: tensors[tensor_name(site, param)] for param in params})
+        params = method.shapes(config, site, *spec.sites[site])
+        sites[site] = method.bind(config, site, {param: tensors[tensor_name(site, param)] for param in params})
     return AdapterWeights(method, sites)
 
 
@@ -112,8 +118,9 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses a misshapen, a non-finite, an unused or a missing tensor by its name."""
-    for name, tensor in tensors.items():
+    """Refuses a misshapen, a non-finite, an unused or a missing tensor by its name, the same one each time."""
+    ordered = sorted(tensors.items())
+    for name, tensor in ordered:
         # Shapes first: of all that differs between two backbones, sizes tell the uploader most.
         if name in shapes and tuple(tensor.shape) != shapes[name]:
             raise InvalidAdapter(
@@ -121,12 +128,12 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
                 param=name,
                 code="wrong_shape",
             )
-    for name, tensor in tensors.items():
+    for name, tensor in ordered:
         if name not in shapes:
             raise InvalidAdapter(f"tensor {name!r} is not used by this adapter", param=name, code="unused_tensor")
         if tensor.dtype not in FLOATS:
             raise InvalidAdapter(f"tensor {name!r} holds {tensor.dtype}", param=name, code="wrong_dtype")
-        if not bool(torch.isfinite(tensor).all()):
+        if not bool(torch.isfinite(tensor.float()).all()):  # as it will be used, whatever it is stored in
             raise InvalidAdapter(f"tensor {name!r} has NaN or infinite values", param=name, code="not_finite")
     for name in shapes:
         if name not in tensors:

@@ -71,7 +71,7 @@ class Bottleneck(AdapterMethod[BottleneckConfig, BottleneckWeights]):
             )
         return sites
 
-    def shapes(self, config: BottleneckConfig, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: BottleneckConfig, site: Site, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
         """AdapterHub's names; the bottleneck is hidden / reduction_factor, at least 1."""
         size = max(1, int(size_out / config.reduction_factor))
         return {
@@ -82,14 +82,14 @@ class Bottleneck(AdapterMethod[BottleneckConfig, BottleneckWeights]):
         }
 
     def init(
-        self, config: BottleneckConfig, size_in: int, size_out: int, generator: torch.Generator
+        self, config: BottleneckConfig, site: Site, size_in: int, size_out: int, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Houlsby's near-identity start: small normal down, zero up."""
-        tensors = {name: torch.zeros(shape) for name, shape in self.shapes(config, size_in, size_out).items()}
+        tensors = {name: torch.zeros(shape) for name, shape in self.shapes(config, site, size_in, size_out).items()}
         tensors["adapter_down.weight"].normal_(std=0.02, generator=generator)
         return tensors
 
-    def bind(self, config: BottleneckConfig, params: Mapping[str, Tensor]) -> BottleneckWeights:
+    def bind(self, config: BottleneckConfig, site: Site, params: Mapping[str, Tensor]) -> BottleneckWeights:
         """The parameters as they are, and the activation by name."""
         return BottleneckWeights(
             params["adapter_down.weight"],

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from server.adapters.base import AdapterMethod, MethodConfig
-from server.core import BackboneSpec, Site, SiteKind
+from server.core import BackboneSpec, Site
 from server.errors import InvalidAdapter
 
 
@@ -18,12 +18,7 @@ class LoraConfig(MethodConfig):
 
     r: int = Field(8, ge=1)
     lora_alpha: float = Field(8, gt=0, allow_inf_nan=False)
-    target_modules: tuple[str, ...] = Field(min_length=1)
-
-
-def matches(target: str, site: Site) -> bool:
-    """PEFT's rule for a list of target modules: a linear layer's whole path, or the end of it after a dot."""
-    return site.kind is SiteKind.LINEAR and (site.name == target or site.name.endswith(f".{target}"))
+    target_modules: tuple[str, ...] = Field(min_length=1, max_length=1000)
 
 
 class LoraWeights(NamedTuple):
@@ -39,11 +34,15 @@ class Lora(AdapterMethod[LoraConfig, LoraWeights]):
     name = "lora"
     Config = LoraConfig
 
+    def defaults(self, spec: BackboneSpec) -> dict[str, Any]:
+        """The attention's query and value projections, as in the paper."""
+        return {"target_modules": spec.default_targets} if spec.default_targets else {}
+
     def sites(self, config: LoraConfig, spec: BackboneSpec) -> list[Site]:
         """The linear layers that the targets name; each target has to name at least one."""
         found: dict[Site, None] = {}
         for target in config.target_modules:
-            hits = [site for site in spec.sites if matches(target, site)]
+            hits = [site for site in spec.sites if site.is_target(target)]
             if not hits:
                 raise InvalidAdapter(
                     f"target module {target!r} is not a linear layer of the backbone ({spec.model_type})",
@@ -53,17 +52,19 @@ class Lora(AdapterMethod[LoraConfig, LoraWeights]):
             found |= dict.fromkeys(hits)
         return list(found)
 
-    def shapes(self, config: LoraConfig, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, config: LoraConfig, site: Site, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
         """PEFT's names and orientation."""
         return {"lora_A": (config.r, size_in), "lora_B": (size_out, config.r)}
 
-    def init(self, config: LoraConfig, size_in: int, size_out: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(
+        self, config: LoraConfig, site: Site, size_in: int, size_out: int, generator: torch.Generator
+    ) -> dict[str, Tensor]:
         """PEFT's default: Kaiming-uniform A, zero B, so that training starts at the bare backbone."""
         bound = 1 / math.sqrt(size_in)
         a = torch.empty(config.r, size_in).uniform_(-bound, bound, generator=generator)
         return {"lora_A": a, "lora_B": torch.zeros(size_out, config.r)}
 
-    def bind(self, config: LoraConfig, params: Mapping[str, Tensor]) -> LoraWeights:
+    def bind(self, config: LoraConfig, site: Site, params: Mapping[str, Tensor]) -> LoraWeights:
         """Transposes both factors and folds alpha / r into B."""
         scale = config.lora_alpha / config.r
         return LoraWeights(params["lora_A"].t().contiguous(), (params["lora_B"] * scale).t().contiguous())

@@ -2,7 +2,7 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Form, Query, Response, UploadFile
+from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
 from server.api.deps import EngineDep
@@ -16,6 +16,14 @@ router = APIRouter(prefix="/admin/adapters", tags=["admin"], responses=RESPONSES
 
 BY = "http"
 """Who a release says that it was made by; there are no accounts."""
+
+
+def adapter_name(name: str, request: Request) -> str:
+    """The name in the path. Starlette drops a newline at its end, which would make another name of it."""
+    return check_name(name if request.scope["path"].endswith(f"/{name}") else f"{name}\n")
+
+
+NameDep = Annotated[str, Depends(adapter_name)]
 
 
 class Upload(BaseModel):
@@ -38,9 +46,9 @@ async def list_adapters(
 
 # `:path`, so that a name with slashes in it reaches the check that says what a name may be.
 @router.get("/{name:path}")
-async def get_adapter(name: str, engine: EngineDep) -> AdapterDetail:
+async def get_adapter(name: NameDep, engine: EngineDep) -> AdapterDetail:
     """An adapter's release and manifest."""
-    described, manifest = await engine.describe(check_name(name))
+    described, manifest = await engine.describe(name)
     return AdapterDetail(
         **_summary(described).model_dump(), manifest=manifest.model_dump(mode="json", exclude_none=True)
     )
@@ -48,7 +56,7 @@ async def get_adapter(name: str, engine: EngineDep) -> AdapterDetail:
 
 @router.put("/{name:path}", status_code=201)
 async def put_adapter(
-    name: str,
+    name: NameDep,
     form: Annotated[Upload, Form(media_type="multipart/form-data")],
     engine: EngineDep,
     response: Response,
@@ -57,9 +65,10 @@ async def put_adapter(
 
     201 where a new release was made, 200 where the same content was serving already.
     """
-    check_name(name)
-    uploads = [(file.filename or "", await file.read()) for file in form.files]
-    published = await engine.publish(name, uploads, _labels(form.labels), by=BY, note="upload")
+    labels = _labels(form.labels)
+    async with engine.upload_turn:
+        uploads = [(file.filename or "", await file.read()) for file in form.files]
+        published = await engine.publish(name, uploads, labels, by=BY, note="upload")
     if not published.created:
         response.status_code = 200
     manifest = published.manifest
@@ -76,9 +85,9 @@ async def put_adapter(
 
 
 @router.delete("/{name:path}")
-async def delete_adapter(name: str, engine: EngineDep) -> DeleteAnswer:
+async def delete_adapter(name: NameDep, engine: EngineDep) -> DeleteAnswer:
     """Take an adapter out of service. Its versions and its history stay in the store."""
-    release = await engine.delete(check_name(name), by=BY, note="delete")
+    release = await engine.delete(name, by=BY, note="delete")
     return DeleteAnswer(adapter=name, release=release.number)
 
 

@@ -20,13 +20,13 @@ async def classify(body: ClassifyBody, engine: EngineDep, settings: SettingsDep)
             param="inputs",
             code="too_many_inputs",
         )
-    answer = await engine.classify(ClassifyRequest(body.adapter, tuple(body.inputs), body.truncate))
+    answer = await engine.classify(ClassifyRequest(body.adapter, tuple(body.inputs), body.truncate, body.top_k))
     return ClassifyAnswer(
         adapter=answer.ref.name,
         version=answer.ref.version,
         release=answer.ref.release,
         backbone=answer.backbone,
-        predictions=[prediction[: body.top_k] for prediction in answer.predictions],
+        predictions=answer.predictions,
         truncated=answer.truncated,
         usage=Usage(tokens=answer.tokens),
     )

@@ -18,6 +18,9 @@ log = get_logger("adapterd.api")
 MAX_WORDS = 1000
 """Characters of an error's message."""
 
+MESSAGES = {"model_attributes_type": "a JSON object is needed, sent with Content-Type: application/json"}
+"""For the errors whose own words tell a client nothing."""
+
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase} for status in (404, 413, 422, 429, 503)
 }
@@ -74,7 +77,9 @@ def _validation(error: RequestValidationError) -> ErrorBody:
     if first["type"] == "json_invalid":
         return _body(f"the body is not JSON: {first['ctx']['error']}", "invalid_request_error", "invalid_json")
     param = ".".join(str(part) for part in first["loc"][1:]) or None
-    message = first["msg"].removeprefix("Value error, ")
+    message = MESSAGES.get(first["type"], first["msg"].removeprefix("Value error, "))
+    if "UploadFile" in message:
+        message = "a file part is needed, with a file name"
     return _body(f"{param}: {message}" if param else message, "invalid_request_error", "invalid_request", param)
 
 

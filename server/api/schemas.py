@@ -3,7 +3,17 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, JsonValue
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    JsonValue,
+    model_validator,
+)
 
 from server.core import LabelScore, check_text
 
@@ -36,11 +46,22 @@ class ClassifyBody(BaseModel):
     )
     inputs: Annotated[
         list[Text],
+        FailFast(),  # a long list of wrong items would otherwise cost an error object each
         BeforeValidator(_listed, json_schema_input_type=str | list[str]),
         Field(min_length=1, description="A text, or a list of texts."),
     ]
     top_k: int | None = Field(None, ge=1, description="Only this many labels of each text, the best ones.")
     truncate: bool = Field(True, description="Cut texts that are too long for the backbone; else they get 413.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field_is_enough(cls, body: Any) -> Any:
+        """Only the first unknown field reaches the check that names it: a body may hold a hundred thousand."""
+        if not isinstance(body, dict):
+            return body
+        known = {name: body[name] for name in (*cls.model_fields, "model") if name in body}
+        unknown = next((name for name in body if name not in known), None)
+        return known if unknown is None else known | {unknown: body[unknown]}
 
 
 class Usage(BaseModel):

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from server.adapters.lora import matches
 from server.adapters.plan import NO_ADAPTERS, AdapterPlan
 from server.adapters.states import TextStates
 from server.backbone import attention
@@ -277,7 +276,7 @@ class _Recorder(AdapterPlan):
 
 def _present(targets: Iterable[str], sites: Iterable[Site]) -> tuple[str, ...]:
     """The targets that name a site here. DeBERTa-v3's query projection also maps distances, so it is none."""
-    return tuple(target for target in targets if any(matches(target, site) for site in sites))
+    return tuple(target for target in targets if any(site.is_target(target) for site in sites))
 
 
 def _slides(model: PreTrainedModel) -> bool:

@@ -3,11 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
+from tokenizers import Encoding as RawEncoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
 from server.core import Encoding
 from server.errors import BackboneError, InvalidRequest, TooLarge
+
+PREFIX_CHARACTERS = 40
+"""Characters per token of the backbone's length that are tried first of a text which will be cut. A megabyte of text
+takes seconds and hundreds of megabytes to tokenize, to keep a few hundred tokens of it."""
 
 
 class Tokenizer:
@@ -46,7 +51,7 @@ class Tokenizer:
         InvalidRequest.
         """
         encodings = []
-        for index, raw in enumerate(self._fast.encode_batch(list(texts), add_special_tokens=False)):
+        for index, raw in enumerate(self._raw(texts, truncate)):
             truncated = len(raw.ids) > self._room
             if truncated:
                 if not truncate:
@@ -63,3 +68,14 @@ class Tokenizer:
                 raise InvalidRequest("the text has no tokens", param=f"inputs.{index}")
             encodings.append(Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated))
         return encodings
+
+    def _raw(self, texts: Sequence[str], truncate: bool) -> list[RawEncoding]:
+        """Tokens without special ones. Of a long text that will be cut, only the beginning is tokenized if it does."""
+        beginning = PREFIX_CHARACTERS * self.max_tokens
+        starts = [text[:beginning] if truncate else text for text in texts]
+        raw: list[RawEncoding] = self._fast.encode_batch(starts, add_special_tokens=False)
+        for index, (text, start) in enumerate(zip(texts, starts, strict=True)):
+            # The last tokens of a beginning may be those of a word cut in two, so it has to have some to spare.
+            if len(start) < len(text) and len(raw[index].ids) < 2 * self.max_tokens:
+                raw[index] = self._fast.encode(text, add_special_tokens=False)
+        return raw

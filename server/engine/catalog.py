@@ -1,5 +1,6 @@
 """Which release of each adapter serves, as of at most a poll interval ago."""
 
+import asyncio
 from collections.abc import Callable
 from concurrent.futures import Executor
 
@@ -11,6 +12,12 @@ from server.logs import get_logger
 from server.store.store import NAME, AdapterStore, Release
 
 log = get_logger("adapterd.catalog")
+
+NEAREST = 3
+"""Names looked at to find one to suggest."""
+
+PATIENCE_SECONDS = 1.0
+"""How long a request waits for the store while there is a known release to serve instead."""
 
 
 class Catalog:
@@ -53,18 +60,25 @@ class Catalog:
         read_at, known = self._known.get(name, (None, None))
         if read_at is not None and self._clock() - read_at <= self._poll_seconds:
             return known
+        reading = self._releases.call(name, lambda: self._store.current(name))
         try:
-            release = await self._releases.call(name, lambda: self._store.current(name))
-        except StoreUnavailable as error:
+            release = await asyncio.wait_for(reading, PATIENCE_SECONDS if known else None)
+        except (StoreUnavailable, TimeoutError) as error:
             if known is None:
                 raise
-            log.warning("store failed, serving the last known release", adapter=name, error=error.message)
+            log.warning("store failed, serving the last known release", adapter=name, error=str(error))
             release = known
         if release is not None:
             self.note(name, release)
         return self._known[name][1] if name in self._known else None
 
     async def _unknown(self, name: str) -> UnknownAdapter:
-        nearest = process.extractOne(name, await self.names(), score_cutoff=60, processor=str.lower)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        hint = ""
+        if NAME.fullmatch(name):  # comparing costs time for each character and each known name
+            near = process.extract(name, await self.names(), limit=NEAREST, score_cutoff=60, processor=str.lower)
+            for candidate, _, _ in near:
+                release = await self._current(candidate)  # names of deleted adapters stay in the store
+                if release is not None and release.version is not None:
+                    hint = f"; did you mean {candidate!r}?"
+                    break
         return UnknownAdapter(f"no adapter is called {name[:140]!r}{hint}", param="adapter")

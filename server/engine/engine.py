@@ -2,11 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from server.backbone.backbone import Backbone
 from server.core import AdapterRef, BackboneSpec, Classification, ClassifyRequest, Encoding
@@ -16,7 +16,7 @@ from server.engine.residency import Residency
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Worker
-from server.errors import InvalidAdapter, UnservableAdapter
+from server.errors import CorruptVersion, InvalidAdapter, NotFiniteOutput, TooLarge, UnservableAdapter
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
@@ -27,6 +27,11 @@ from server.store.store import AdapterStore, Release, check_name
 from server.tasks.adapter import TaskAdapter
 
 log = get_logger("adapterd.engine")
+
+T = TypeVar("T")
+
+MAX_SCORES = 100_000
+"""Scores of one answer. Making them takes the device's thread a microsecond each, in which nobody else is served."""
 
 STORE_THREADS = 8
 """Store calls mostly wait, so there are more of them than cores."""
@@ -62,6 +67,8 @@ class Engine:
         self._store = store
         self._metrics = metrics
         self._max_upload_bytes = settings.max_upload_bytes
+        self.upload_turn = asyncio.Lock()
+        """Uploads come one after the other: unpacked, each may take hundreds of megabytes and a store thread."""
         # Pools of their own, so that a store that hangs holds up neither tokenization nor the event loop's own calls.
         self._store_pool = ThreadPoolExecutor(STORE_THREADS, "adapterd-store")
         self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer")
@@ -115,8 +122,16 @@ class Engine:
         """One prediction per input, from the version that serves when the request arrives."""
         release, version = await self._catalog.serving(request.adapter)
         adapter = await self._residency.get(request.adapter, version)
+        scores = len(request.inputs) * min(request.top_k or len(adapter.labels), len(adapter.labels))
+        if scores > MAX_SCORES:
+            raise TooLarge(
+                f"{len(request.inputs)} inputs and {len(adapter.labels)} labels make {scores} scores, at most "
+                f"{MAX_SCORES} fit an answer; ask for fewer labels with top_k, or send fewer inputs",
+                param="top_k",
+                code="too_many_scores",
+            )
         texts = await self._tokenize(request.inputs, truncate=request.truncate)
-        predictions = await self._run([Row(text, adapter) for text in texts])
+        predictions = await self._run([Row(text, adapter, request.top_k) for text in texts])
         tokens = sum(map(len, texts))
         self._metrics.texts.labels(request.adapter).inc(len(texts))
         self._metrics.tokens.labels(request.adapter).inc(tokens)
@@ -142,10 +157,12 @@ class Engine:
         adapter = await self._in_store_pool(partial(loading.build, artifact, self._backbone))
         await self._prove(artifact, adapter)
         version = artifact.version
+        # Also where it serves already: the same bytes do no harm, and mend a version that was damaged.
+        await self._in_store_pool(partial(self._store.put_version, name, artifact))
         current = await self._in_store_pool(partial(self._store.current, name))
         if current is not None and current.version == version:
+            self._catalog.note(name, current)
             return Published(current, version, artifact.manifest, created=False)
-        await self._in_store_pool(partial(self._store.put_version, name, artifact))
         release = await self._release(name, version, by=by, note=note, kind="publish")
         self._residency.put(version, adapter)
         return Published(release, version, artifact.manifest, created=True)
@@ -164,17 +181,26 @@ class Engine:
     async def page(self, *, after: str = "", limit: int) -> tuple[list[Described], str | None]:
         """Adapters that serve, by name, and the name to go on after, if there are more."""
         names = [name for name in await self._catalog.names() if name > after]
-        page = names[:limit]
-        releases = await asyncio.gather(*(self._in_store_pool(partial(self._store.current, name)) for name in page))
-        described = [
-            Described(name, release, release.version, release.version in self._residency)
-            for name, release in zip(page, releases, strict=True)
-            if release is not None and release.version is not None
-        ]
-        return described, page[-1] if len(names) > limit else None
+        described: list[Described] = []
+        # One more than fits tells whether there is another page; names of deleted adapters are passed over.
+        while names and len(described) <= limit:
+            missing = limit + 1 - len(described)
+            some, names = names[:missing], names[missing:]
+            described += [one for one in await asyncio.gather(*map(self._described, some)) if one is not None]
+        return described[:limit], described[limit - 1].name if len(described) > limit else None
+
+    async def _described(self, name: str) -> Described | None:
+        try:
+            release = await self._in_store_pool(partial(self._store.current, name))
+        except CorruptVersion as error:  # one damaged adapter must not hide the others
+            log.error("left out of the list", adapter=name, error=error.message)
+            return None
+        if release is None or release.version is None:
+            return None
+        return Described(name, release, release.version, release.version in self._residency)
 
     async def _release(self, name: str, version: str | None, *, by: str, note: str, kind: str) -> Release:
-        release: Release = await self._in_store_pool(partial(self._store.release, name, version, by=by, note=note))
+        release = await self._in_store_pool(partial(self._store.release, name, version, by=by, note=note))
         self._catalog.note(name, release)
         self._metrics.releases.labels(kind).inc()
         log.info("released", adapter=name, release=release.number, version=version, kind=kind)
@@ -184,7 +210,12 @@ class Engine:
         """Runs the golden sample, or at least a smoke test, through the very path that requests take."""
         golden = artifact.manifest.golden
         texts = await self._tokenize(golden.texts if golden else loading.SMOKE_TEXTS, truncate=True)
-        outputs = await self._run([Row(text, adapter, raw=True) for text in texts])
+        try:
+            outputs = await self._run([Row(text, adapter, raw=True) for text in texts])
+        except NotFiniteOutput as error:
+            raise InvalidAdapter(
+                "the adapter's weights are too large: its outputs are not finite", param="files", code="not_finite"
+            ) from error
         if golden:
             loading.check_golden(golden, outputs, self.dtype)
 
@@ -195,7 +226,7 @@ class Engine:
         encode = partial(self._backbone.tokenizer.encode, texts, truncate=truncate)
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_pool, encode)
 
-    async def _in_store_pool(self, function: Any) -> Any:
+    async def _in_store_pool(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._store_pool, function)
 
     def _load(self, name: str, version: str) -> TaskAdapter:

@@ -3,6 +3,7 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 
 from server.engine.once import Once
 from server.metrics import Metrics
@@ -35,14 +36,17 @@ class Residency:
         if version in self._resident:
             self._resident.move_to_end(version)
             return self._resident[version]
+        adapter = await self._loads.call(version, partial(self._counted, name, version))
+        self.put(version, adapter)
+        return adapter
+
+    def _counted(self, name: str, version: str) -> TaskAdapter:
         try:
-            adapter = await self._loads.call(version, lambda: self._load(name, version))
+            adapter = self._load(name, version)
         except Exception:
             self._metrics.adapter_loads.labels("failure").inc()
             raise
-        if version not in self._resident:
-            self._metrics.adapter_loads.labels("success").inc()
-            self.put(version, adapter)
+        self._metrics.adapter_loads.labels("success").inc()
         return adapter
 
     def put(self, version: str, adapter: TaskAdapter) -> None:

@@ -10,7 +10,7 @@ import torch
 from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone
 from server.core import Encoding
-from server.errors import AdapterdError
+from server.errors import NotFiniteOutput
 from server.tasks.adapter import TaskAdapter
 
 
@@ -20,8 +20,15 @@ class Row:
 
     text: Encoding
     adapter: TaskAdapter
+    top_k: int | None = None
+    """Labels wanted, the best ones; all of them if None."""
     raw: bool = False
     """Wants the head's raw outputs, a list of floats, instead of a prediction."""
+
+    @property
+    def run(self) -> tuple[int, bool, int]:
+        """Rows with the same key run as one and are decoded alike."""
+        return id(self.adapter), self.raw, self.top_k or 0
 
 
 class Runner:
@@ -36,7 +43,7 @@ class Runner:
         """One answer per row, in the rows' order. Raises if any of them cannot be computed."""
         answers: list[Any] = [None] * len(rows)
         for chunk in self._backbone.chunks([len(row.text) for row in rows]):
-            order = sorted(chunk, key=lambda index: (id(rows[index].adapter), rows[index].raw))
+            order = sorted(chunk, key=lambda index: rows[index].run)
             for index, answer in zip(order, self._run([rows[index] for index in order]), strict=True):
                 answers[index] = answer
         return answers
@@ -45,7 +52,7 @@ class Runner:
         """One forward over rows whose adapters' runs are contiguous."""
         runs: list[tuple[Row, int, int]] = []  # a row that stands for its run, first text, one past the last
         start = 0
-        for _, group in groupby(rows, key=lambda row: (id(row.adapter), row.raw)):
+        for _, group in groupby(rows, key=lambda row: row.run):
             members = list(group)
             runs.append((members[0], start, start + len(members)))
             start += len(members)
@@ -57,6 +64,7 @@ class Runner:
         for (row, _, _), output in zip(runs, outputs, strict=True):
             values = output.float().cpu()
             if not bool(torch.isfinite(values).all()):
-                raise AdapterdError("the adapter's outputs are not finite for this text", code="not_finite_output")
-            answers += values.tolist() if row.raw else row.adapter.task.decode(values, row.adapter.labels)
+                raise NotFiniteOutput("the adapter's outputs are not finite for this text")
+            decode = row.adapter.task.decode
+            answers += values.tolist() if row.raw else decode(values, row.adapter.labels, row.top_k)
         return answers

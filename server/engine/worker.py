@@ -28,7 +28,7 @@ class Ticket:
 
     @property
     def ended(self) -> bool:
-        """Nobody waits any more: answered, failed, or the client is gone."""
+        """Nobody waits any more: answered, failed or cancelled."""
         return self.future.done()
 
     def put(self, index: int, answer: Any) -> None:

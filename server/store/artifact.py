@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import safetensors.torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 from torch import Tensor
 
 from server.core import check_text
@@ -51,8 +51,8 @@ class TrainedOn(_Frozen):
 class Golden(_Frozen):
     """A few texts with the raw outputs that the trainer saw for them: whoever serves the adapter can check."""
 
-    texts: Annotated[tuple[str, ...], Field(min_length=1, max_length=32)]
-    outputs: tuple[tuple[float, ...], ...]
+    texts: Annotated[tuple[Annotated[str, Field(max_length=10_000)], ...], Field(min_length=1, max_length=32)]
+    outputs: tuple[tuple[FiniteFloat, ...], ...]
 
 
 class Training(_Frozen):
@@ -61,7 +61,7 @@ class Training(_Frozen):
     data_sha256: str
     rows: int
     hyperparameters: dict[str, JsonValue]
-    metrics: dict[str, float] = Field(default_factory=dict)
+    metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
 class Manifest(_Frozen):

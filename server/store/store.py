@@ -21,7 +21,10 @@ from obstore.store import LocalStore, MemoryStore, ObjectStore
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from server.errors import Conflict, CorruptVersion, InvalidRequest, StoreUnavailable, UnknownAdapter
+from server.logs import get_logger
 from server.store.artifact import MANIFEST, TENSORS, Artifact
+
+log = get_logger("adapterd.store")
 
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,127}")
 VERSION = re.compile(r"^[0-9a-f]{64}$")
@@ -175,7 +178,9 @@ def _reported() -> Iterator[None]:
     except FileNotFoundError:
         raise
     except (BaseError, OSError) as error:
-        raise StoreUnavailable(f"the adapter store failed: {_brief(error)}") from error
+        # The reason names paths and hosts: it is for the operator, not for clients.
+        log.error("store failed", error=_brief(error))
+        raise StoreUnavailable("the adapter store failed") from error
 
 
 def _brief(error: Exception) -> str:

@@ -58,8 +58,8 @@ class Task(ABC, Generic[ConfigT, HeadT]):
         """The scalar that training minimizes."""
 
     @abstractmethod
-    def decode(self, outputs: Tensor, labels: Sequence[str]) -> list[Prediction]:
-        """Raw outputs as answers, one per text."""
+    def decode(self, outputs: Tensor, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
+        """Raw outputs as answers, one per text, each with at most `top_k` labels."""
 
 
 AnyTask = Task[Any, Any]

@@ -74,9 +74,10 @@ class Classification(Task[ClassificationConfig, ClassificationHead]):
         """Cross entropy; `targets` [texts] are label indices."""
         return F.cross_entropy(outputs, targets)
 
-    def decode(self, outputs: Tensor, labels: Sequence[str]) -> list[Prediction]:
+    def decode(self, outputs: Tensor, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
         """Softmax over [texts, labels], best label first; equal scores keep the order of the labels."""
         scores, order = outputs.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        scores, order = scores[:, :top_k], order[:, :top_k]
         return [
             [LabelScore(labels[i], score) for i, score in zip(indices, row, strict=True)]
             for indices, row in zip(order.tolist(), scores.tolist(), strict=True)

@@ -6,9 +6,9 @@ At every step the tensors are bound and applied by the same code that serves the
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from pydantic import JsonValue
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 from tqdm.auto import tqdm
@@ -155,18 +155,10 @@ def fit(
     return {name: tensor.detach().cpu() for name, tensor in tensors.items()}, losses
 
 
-def _config(options: TrainOptions, spec: BackboneSpec) -> dict[str, JsonValue]:
-    """The method's options, with the backbone's usual targets where the method wants targets and none are given."""
+def _config(options: TrainOptions, spec: BackboneSpec) -> dict[str, Any]:
+    """The method's options, with those that it takes from the backbone where none are given."""
     method = METHODS.get(options.method)
-    if method is None or "target_modules" not in method.Config.model_fields or "target_modules" in options.config:
-        return options.config
-    if not spec.default_targets:
-        raise InvalidRequest(
-            f"backbones of type {spec.model_type!r} have no usual target modules; name linear layers of it, e.g. "
-            """--set 'target_modules=["q_proj", "v_proj"]'""",
-            param="target_modules",
-        )
-    return {**options.config, "target_modules": list(spec.default_targets)}
+    return {**(method.defaults(spec) if method else {}), **options.config}
 
 
 def _tokenizer(options: TrainOptions, backbone: Backbone) -> Tokenizer:

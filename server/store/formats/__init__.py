@@ -7,7 +7,7 @@ from server.core import BackboneSpec
 from server.errors import InvalidAdapter
 from server.store.artifact import MANIFEST, TENSORS, Artifact
 from server.store.formats import peft
-from server.store.formats.files import required
+from server.store.formats.files import required, required_json
 
 ACCEPTED = f"adapterd ({MANIFEST}, {TENSORS}), PEFT ({peft.CONFIG}, {peft.TENSORS})"
 
@@ -31,4 +31,4 @@ def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, sp
         return peft.read(inside, labels, spec)
     if labels is not None:
         raise InvalidAdapter(f"{MANIFEST} names the labels; leave the field out", param="labels")
-    return Artifact.parse(inside[MANIFEST], required(inside, TENSORS))
+    return Artifact.parse(required_json(inside, MANIFEST), required(inside, TENSORS))

@@ -14,6 +14,9 @@ from server.errors import AdapterdError, InvalidAdapter, TooLarge
 MAX_FILES = 256
 """Files in one upload; a checkpoint has a handful."""
 
+MAX_JSON_BYTES = 4 * 1024 * 1024
+"""A manifest of ten thousand long labels fits."""
+
 TAR_OVERHEAD = 4096 * MAX_FILES
 """Bytes that a tar archive may have beside its contents: headers and padding."""
 
@@ -42,6 +45,14 @@ def required(files: Mapping[str, bytes], name: str) -> bytes:
     if name not in files:
         raise InvalidAdapter(f"file {name!r} is missing", param=name, code="missing_file")
     return files[name]
+
+
+def required_json(files: Mapping[str, bytes], name: str) -> bytes:
+    """A JSON file that has to be there, of a size that is quickly parsed."""
+    data = required(files, name)
+    if len(data) > MAX_JSON_BYTES:
+        raise InvalidAdapter(f"{name} is larger than {MAX_JSON_BYTES} bytes", param=name, code="bad_file")
+    return data
 
 
 def _contents(name: str, data: bytes, room: int) -> Iterator[tuple[str, bytes]]:

@@ -1,7 +1,6 @@
 """PEFT checkpoints, exactly as `save_pretrained` writes them: adapter_config.json and adapter_model.safetensors."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -9,11 +8,11 @@ from pydantic_core import from_json
 
 from server.adapters import METHODS
 from server.adapters.base import check_tensors, tensor_name
-from server.adapters.lora import Lora, LoraConfig, matches
+from server.adapters.lora import Lora, LoraConfig
 from server.core import BackboneSpec
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, Labels, Manifest, TrainedOn, invalid_fields, read_tensors
-from server.store.formats.files import required
+from server.store.formats.files import required, required_json
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -73,7 +72,22 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, spec: Backbon
             param="task_type",
             code="unsupported_head",
         )
-    names = _labels(files, labels, tensors.get(f"{ROOT}classifier.weight"))
+    model = _json(files, MODEL_CONFIG) if MODEL_CONFIG in files else {}
+    if model.get("problem_type") not in (None, "single_label_classification"):
+        raise InvalidAdapter(
+            f"{MODEL_CONFIG}: problem_type = {model['problem_type']!r} is not supported; supported: "
+            "single_label_classification",
+            param="problem_type",
+            code="unsupported_option",
+        )
+    for field, here in (("model_type", spec.model_type), ("hidden_size", spec.hidden_size)):
+        if model.get(field, here) != here:
+            raise InvalidAdapter(
+                f"{MODEL_CONFIG}: {field} is {model[field]!r}, the backbone's is {here!r}",
+                param=field,
+                code="wrong_backbone",
+            )
+    names = _labels(model, labels, tensors.get(f"{ROOT}classifier.weight"))
 
     # PEFT's name -> ours, with the shape that the backbone asks for
     inner = f"{ROOT}{spec.prefix}."
@@ -85,20 +99,26 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, spec: Backbon
         f"{ROOT}classifier.bias": (len(names),),
     }
     for site in method.sites(config, spec):
-        for param, shape in method.shapes(config, *spec.sites[site]).items():
+        for param, shape in method.shapes(config, site, *spec.sites[site]).items():
             theirs = f"{inner}{site.name}.{param}.weight"
             ours[theirs] = tensor_name(site, param)
             shapes[theirs] = shape
     check_tensors(tensors, shapes)
 
-    base = options.get("base_model_name_or_path")
     manifest = Manifest(
         method=method.name,
         config=config.model_dump(mode="json"),
         task="classification",
         head={"pooling": spec.classifier_pooling},
         labels=names,
-        backbone=TrainedOn(name=PurePath(base).name if isinstance(base, str) else None),
+        # PEFT names its base by a path at best; the backbone that this upload is proven on is what it is bound to.
+        backbone=TrainedOn(
+            name=spec.name,
+            model_type=spec.model_type,
+            hidden_size=spec.hidden_size,
+            num_layers=spec.num_layers,
+            fingerprint=spec.fingerprint,
+        ),
         source=f"peft {options.get('peft_version') or 'of unknown version'}",
     )
     return Artifact.build(manifest, {ours[name]: tensor for name, tensor in tensors.items()})
@@ -129,7 +149,7 @@ def _config(options: Mapping[str, Any], spec: BackboneSpec) -> LoraConfig:
         raise refuse("target_modules", "a list of module names")
     # PEFT lets targets be listed that match nothing; a tensor of such a one is refused by its name later.
     paths = [target.removeprefix(f"{spec.prefix}.") for target in targets if isinstance(target, str)]
-    present = [path for path in paths if any(matches(path, site) for site in spec.sites)]
+    present = [path for path in paths if any(site.is_target(path) for site in spec.sites)]
     if not present:
         raise InvalidAdapter(
             f"{CONFIG}: none of the target_modules {targets} is a linear layer of the backbone ({spec.model_type})",
@@ -143,12 +163,13 @@ def _config(options: Mapping[str, Any], spec: BackboneSpec) -> LoraConfig:
         raise invalid_fields(CONFIG, error) from error
 
 
-def _labels(files: Mapping[str, bytes], labels: Sequence[str] | None, classifier: Any) -> tuple[str, ...]:
+def _labels(model: Mapping[str, Any], labels: Sequence[str] | None, classifier: Any) -> tuple[str, ...]:
     """The uploader's labels, or those of config.json; as many as the classifier has rows."""
-    if labels is None and MODEL_CONFIG in files:
-        by_index = _json(files, MODEL_CONFIG).get("id2label")
-        if isinstance(by_index, dict):
-            labels = [by_index[key] for key in sorted(by_index, key=lambda key: (len(key), key))]
+    by_index = model.get("id2label")
+    if labels is None and isinstance(by_index, dict):
+        if by_index.keys() != {str(index) for index in range(len(by_index))}:
+            raise InvalidAdapter(f"{MODEL_CONFIG}: the keys of id2label are not 0, 1, 2, ...", param="id2label")
+        labels = [by_index[str(index)] for index in range(len(by_index))]
     if labels is None:
         raise InvalidAdapter(
             "PEFT does not store label names; send the form field `labels`, a JSON list, or add config.json",
@@ -160,7 +181,7 @@ def _labels(files: Mapping[str, bytes], labels: Sequence[str] | None, classifier
     except ValidationError as error:
         reason = invalid_fields("labels", error).message
         raise InvalidAdapter(reason, param="labels", code="invalid_labels") from error
-    if classifier is not None and len(checked) != classifier.shape[0]:
+    if classifier is not None and classifier.ndim == 2 and len(checked) != classifier.shape[0]:
         raise InvalidAdapter(
             f"{len(checked)} labels for a classifier of {classifier.shape[0]} rows",
             param="labels",
@@ -171,7 +192,7 @@ def _labels(files: Mapping[str, bytes], labels: Sequence[str] | None, classifier
 
 def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     try:
-        document = from_json(required(files, name))
+        document = from_json(required_json(files, name))
     except ValueError as error:
         raise InvalidAdapter(f"{name} is not JSON: {error}", param=name, code="bad_file") from error
     if not isinstance(document, dict):
