@@ -200,7 +200,7 @@ class TestTrain:
 
     def test_a_family_without_usual_targets_wants_them_named(self, options: dict[str, Any], tmp_path: Path) -> None:
         options |= {"backbone": save_backbone(tmp_path / "llama", LLAMA), "epochs": 1}
-        with pytest.raises(InvalidRequest, match="'llama' have no usual target modules"):
+        with pytest.raises(InvalidAdapter, match=r"config\.target_modules: Field required"):
             train(TrainOptions(**options))
         result = train(TrainOptions(**options, config={"target_modules": ["q_proj", "v_proj"]}))
         assert result.artifact.manifest.config["target_modules"] == ["q_proj", "v_proj"]

@@ -5,6 +5,7 @@ At every step the tensors are bound and applied by the same code that serves the
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
 from server.core import BackboneSpec, Encoding
-from server.errors import InvalidRequest
+from server.errors import Conflict, InvalidRequest
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, Training
 from server.store.store import AdapterStore, Release, check_name
 from server.tasks.adapter import Blueprint, TaskAdapter
@@ -44,6 +45,8 @@ GOLDEN_TEXTS = (
     "FREE!!! 100% guaranteed, click http://example.com now.",
 )
 """Made up rather than taken from the data: a manifest travels farther than training texts, which can be personal."""
+
+RELEASE_TRIES = 5
 
 PREDICT_TEXTS = 32
 """Texts of one forward when measuring: more gain nothing on a CPU and take memory."""
@@ -93,8 +96,16 @@ def train(options: TrainOptions) -> TrainResult:
     release = None
     if store and options.name:
         version = store.put_version(options.name, artifact)
-        release = store.release(options.name, version, by="adapterd train", note=_note(options, measured))
+        release = _release(store, options.name, version, _note(options, measured))
     return TrainResult(artifact, losses, measured, release)
+
+
+def _release(store: AdapterStore, name: str, version: str, note: str) -> Release:
+    """Releases what training took hours to make, also where others release under the same name meanwhile."""
+    for _ in range(RELEASE_TRIES - 1):
+        with suppress(Conflict):
+            return store.release(name, version, by="adapterd train", note=note)
+    return store.release(name, version, by="adapterd train", note=note)
 
 
 def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Tensor:
