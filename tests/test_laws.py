@@ -1,6 +1,7 @@
 """What holds for every adapter method on every backbone family. A new method or family is picked up by itself."""
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,7 +37,11 @@ from server.adapters import METHODS
 from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone, fingerprint
 from server.core import Encoding, Pooling, SiteKind
-from server.errors import InvalidAdapter
+from server.engine.runner import Row, Runner
+from server.engine.scheduler import Scheduler
+from server.engine.worker import QueuedRow, Ticket, Worker
+from server.errors import InvalidAdapter, NotFiniteOutput
+from server.metrics import Metrics
 from server.store.store import AdapterStore
 from server.tasks.adapter import Blueprint, TaskAdapter
 
@@ -85,6 +90,25 @@ def test_many_adapters_of_one_method_share_a_batch(bert: Backbone) -> None:
         random_adapter(bert, "lora", {"r": 1 + seed % 5, "lora_alpha": 3 + seed}, seed=seed).bound for seed in range(40)
     ]
     check_mixed_batch(bert, mixed_rows(adapters, seed=0, texts_each=1), TOLERANCE)
+
+
+@variants
+def test_an_adapter_that_overflows_fails_nobody_else(method: str, options: dict, bert: Backbone) -> None:
+    """Its NaNs reach neighbours that share an attention window; then the batch is run again adapter by adapter."""
+    good = [random_adapter(bert, method, options, seed=seed).bound for seed in range(3)]
+    blueprint = make_blueprint(bert.spec, method, options)
+    huge = {name: torch.full(shape, 3e38) for name, shape in blueprint.shapes().items()}
+    bad = blueprint.bind(huge, bert.device, bert.dtype)
+    rows = [Row(random_text(9, seed=i), adapter) for i, adapter in enumerate([good[0], bad, good[1], bad, good[2]])]
+    scheduler = Scheduler[QueuedRow](max_batch_tokens=100, max_queue_tokens=100, clock=time.monotonic)
+    worker = Worker(Runner(bert), scheduler, Metrics())
+    tickets = [Ticket(1) for _ in rows]
+    worker._run([QueuedRow(row, ticket, 0) for row, ticket in zip(rows, tickets, strict=True)])
+    for index, (row, ticket) in enumerate(zip(rows, tickets, strict=True)):
+        if row.adapter is bad:
+            assert isinstance(ticket.future.exception(timeout=0), NotFiniteOutput), index
+        else:
+            assert ticket.future.result(timeout=0) == Runner(bert).run([row]), index
 
 
 @torch.inference_mode()

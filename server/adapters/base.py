@@ -5,7 +5,7 @@ own contiguous slice of the token axis; `plan.py` runs many of them in one batch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -65,6 +65,18 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
         `x` [tokens, size_in] is what entered the site's module, `y` [tokens, size_out] what it put out; neither may
         be written to. Returns [tokens, size_out].
         """
+
+    def apply_run(
+        self, weights: Sequence[WeightsT], lengths: list[int], x: Tensor, y: Tensor, shared: dict[Any, Any]
+    ) -> Tensor:
+        """The same for adapters whose tokens lie side by side: the i-th owns the next `lengths[i]` rows of x and y.
+
+        A method whose small products are worth joining does so here; this one goes slice by slice. `shared` lives as
+        long as the forward, for what is the same at all its sites.
+        """
+        slices = zip(weights, torch.split(x, lengths), torch.split(y, lengths), strict=True)
+        # One concatenation keeps this pure, so that training can run it, and costs no more than small copies.
+        return torch.cat([self.apply(own, own_x, own_y) for own, own_x, own_y in slices])
 
 
 Method = AdapterMethod[Any, Any]

@@ -1,7 +1,7 @@
 """AdapterPlan: who owns which tokens of one batch, and what happens to them at each site."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,44 +22,64 @@ class Segment:
     """One past its last text."""
 
 
+@dataclass(slots=True)
+class _Run:
+    """Neighbouring segments of one method at one site."""
+
+    method: Method
+    start: int  # first token
+    end: int  # one past the last
+    weights: list[Any] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+
+
 class AdapterPlan:
     """The segments of one batch. The backbone calls `apply` at its sites and knows nothing else of adapters.
 
-    Texts are sorted by adapter, so each adapter owns one contiguous slice of the token axis and needs no gather.
+    Texts are sorted by method and adapter, so each adapter owns one contiguous slice of the token axis and needs no
+    gather, and a method sees its adapters side by side.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         """`segments` in the order of the texts; texts that none covers run through the bare backbone."""
         self._segments = segments
-        # site -> (method, weights, first token, one past the last token), in token order
-        self._parts: dict[Site, list[tuple[Method, Any, int, int]]] = {}
+        self._runs: dict[Site, list[_Run]] = {}
+        self._shared: dict[Any, Any] = {}
 
     def place(self, offsets: Sequence[int]) -> None:
         """Lays the segments on the token axis; `offsets[i]` is the first token of text i, the last is their sum.
 
         The backbone calls this with the layout it chose, packed or padded, before a forward.
         """
-        self._parts = {}
+        self._runs = {}
+        self._shared = {}
         for segment in self._segments:
             start, end = offsets[segment.start], offsets[segment.end]
+            method = segment.adapter.method
             for site, weights in segment.adapter.sites.items():
-                self._parts.setdefault(site, []).append((segment.adapter.method, weights, start, end))
+                runs = self._runs.setdefault(site, [])
+                if not runs or runs[-1].method is not method or runs[-1].end != start:
+                    runs.append(_Run(method, start, start))
+                run = runs[-1]
+                run.weights.append(weights)
+                run.lengths.append(end - start)
+                run.end = end
 
     def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
         """The output of `site` after the adapters: x [tokens, size_in], y [tokens, size_out] -> [tokens, size_out]."""
-        parts = self._parts.get(site)
-        if parts is None:
+        runs = self._runs.get(site)
+        if runs is None:
             return y
         pieces: list[Tensor] = []
         done = 0
-        for method, weights, start, end in parts:
-            if start > done:
-                pieces.append(y[done:start])
-            pieces.append(method.apply(weights, x[start:end], y[start:end]))
-            done = end
+        for run in runs:
+            if run.start > done:
+                pieces.append(y[done : run.start])
+            own_x, own_y = x[run.start : run.end], y[run.start : run.end]
+            pieces.append(run.method.apply_run(run.weights, run.lengths, own_x, own_y, self._shared))
+            done = run.end
         if done < y.shape[0]:
             pieces.append(y[done:])
-        # One concatenation keeps `apply` pure, so that training can run it, and costs no more than 64 small copies.
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 

@@ -26,9 +26,9 @@ class Row:
     """Wants the head's raw outputs, a list of floats, instead of a prediction."""
 
     @property
-    def run(self) -> tuple[int, bool, int]:
-        """Rows with the same key run as one and are decoded alike."""
-        return id(self.adapter), self.raw, self.top_k or 0
+    def run(self) -> tuple[str, int, bool, int]:
+        """Rows with the same key run as one and are decoded alike; a method's rows come side by side."""
+        return self.adapter.weights.method.name, id(self.adapter), self.raw, self.top_k or 0
 
 
 class Runner:
