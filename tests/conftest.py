@@ -13,11 +13,13 @@ import transformers
 from helpers import EVERY_FAMILY, tiny_backbone
 from hypothesis import settings
 
+from server import logs
 from server.backbone.backbone import Backbone
 from server.store.store import AdapterStore
 
 # Tiny models gain nothing from more, and threads that wait for each other stall on a busy machine.
 torch.set_num_threads(1)
+logs.configure("warning", "json")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 # The same examples in every run and on every machine, and no example database beside the code.

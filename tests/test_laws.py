@@ -37,13 +37,14 @@ from server.adapters import METHODS
 from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone, fingerprint
 from server.core import Encoding, Pooling, SiteKind
+from server.engine.loading import build
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Ticket, Worker
 from server.errors import InvalidAdapter, NotFiniteOutput
 from server.metrics import Metrics
 from server.store.store import AdapterStore
-from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.adapter import TaskAdapter
 
 TOLERANCE = 1e-5
 LENGTHS = (1, 2, 3, 5, 8, 13, 30, 63, 64, 65, 120)
@@ -185,17 +186,7 @@ def test_saving_and_loading_gives_the_same_logits_bit_for_bit(backbone: Backbone
         version = memory_store.put_version("a", artifact)
         loaded = memory_store.get_version("a", version)
         assert loaded.manifest == artifact.manifest
-        manifest = loaded.manifest
-        blueprint = Blueprint.check(
-            method=manifest.method,
-            config=manifest.config,
-            task=manifest.task,
-            head=manifest.head,
-            labels=manifest.labels,
-            spec=backbone.spec,
-        )
-        blueprint.check_tensors(loaded.tensors)
-        bound = blueprint.bind(loaded.tensors, backbone.device, backbone.dtype)
+        bound = build(loaded, backbone)
         assert bound.labels == adapter.blueprint.labels
         before, after = run(backbone, [(text, adapter.bound)])[0], run(backbone, [(text, bound)])[0]
         assert torch.equal(before.logits, after.logits)

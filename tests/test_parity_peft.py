@@ -15,9 +15,10 @@ from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
 from server.core import Encoding
+from server.engine.loading import build
 from server.errors import InvalidAdapter
 from server.store.formats import read_checkpoint
-from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.adapter import TaskAdapter
 
 TOLERANCE = 1e-4
 QUERY_VALUE = ["query", "value"]
@@ -61,18 +62,7 @@ def train_like(classifier: BertForSequenceClassification, seed: int, options: di
 def load(backbone: Backbone, folder: Path, labels: Sequence[str] | None) -> TaskAdapter:
     """The folder's adapter, read as an upload is."""
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    artifact = read_checkpoint(files, labels, backbone.spec)
-    manifest = artifact.manifest
-    blueprint = Blueprint.check(
-        method=manifest.method,
-        config=manifest.config,
-        task=manifest.task,
-        head=manifest.head,
-        labels=manifest.labels,
-        spec=backbone.spec,
-    )
-    blueprint.check_tensors(artifact.tensors)
-    return blueprint.bind(artifact.tensors, backbone.device, backbone.dtype)
+    return build(read_checkpoint(files, labels, backbone.spec), backbone)
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 from server.adapters import METHODS
 from server.backbone.backbone import Backbone, fingerprint
 from server.cli import app
+from server.engine.loading import build
 from server.errors import AdapterdError, InvalidAdapter, InvalidRequest
 from server.store.artifact import Artifact
 from server.store.store import AdapterStore
@@ -99,16 +100,7 @@ def golden_outputs(artifact: Artifact, folder: str) -> torch.Tensor:
     loaded = Artifact.verify(artifact.version, artifact.manifest_bytes, artifact.tensor_bytes)
     manifest = loaded.manifest
     backbone = Backbone.load(folder, device="cpu", dtype="float32")
-    blueprint = Blueprint.check(
-        method=manifest.method,
-        config=manifest.config,
-        task=manifest.task,
-        head=manifest.head,
-        labels=manifest.labels,
-        spec=backbone.spec,
-    )
-    blueprint.check_tensors(loaded.tensors)
-    adapter = blueprint.bind(loaded.tensors, backbone.device, backbone.dtype)
+    adapter = build(loaded, backbone)
     assert manifest.golden is not None
     with torch.inference_mode():
         return outputs(backbone, adapter, backbone.tokenizer.encode(manifest.golden.texts, truncate=True))

@@ -138,7 +138,10 @@ class Worker:
 
     def _isolate(self, work: list[QueuedRow], error: Exception) -> None:
         """A failed batch is run again adapter by adapter, so that a bad one fails nobody but its own callers."""
-        log.exception("batch failed", texts=len(work), exc_info=error)
+        if isinstance(error, AdapterdError):
+            log.warning("batch failed", texts=len(work), error=error.message)
+        else:
+            log.error("batch failed", texts=len(work), exc_info=error)
         by_adapter = sorted(work, key=_adapter)
         groups = [list(group) for _, group in groupby(by_adapter, key=_adapter)]
         if len(groups) > 1:

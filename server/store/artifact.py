@@ -15,7 +15,7 @@ import safetensors.torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 from torch import Tensor
 
-from server.core import check_text
+from server.core import BackboneSpec, check_text
 from server.errors import CorruptVersion, InvalidAdapter
 
 MANIFEST = "manifest.json"
@@ -46,6 +46,17 @@ class TrainedOn(_Frozen):
     num_layers: int | None = None
     fingerprint: str | None = None
     """With it, the adapter is refused on any other weights, even of the same shape."""
+
+    @classmethod
+    def on(cls, spec: BackboneSpec) -> "TrainedOn":
+        """Bound to exactly this backbone."""
+        return cls(
+            name=spec.name,
+            model_type=spec.model_type,
+            hidden_size=spec.hidden_size,
+            num_layers=spec.num_layers,
+            fingerprint=spec.fingerprint,
+        )
 
 
 class Golden(_Frozen):

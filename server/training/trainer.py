@@ -196,13 +196,7 @@ def _manifest(
         task=TASK,
         head=blueprint.head.model_dump(mode="json"),
         labels=blueprint.labels,
-        backbone=TrainedOn(
-            name=spec.name,
-            model_type=spec.model_type,
-            hidden_size=spec.hidden_size,
-            num_layers=spec.num_layers,
-            fingerprint=spec.fingerprint,
-        ),
+        backbone=TrainedOn.on(spec),
         source=f"adapterd {__version__}",
         training=Training(
             data_sha256=data.sha256,

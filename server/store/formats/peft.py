@@ -112,13 +112,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, spec: Backbon
         head={"pooling": spec.classifier_pooling},
         labels=names,
         # PEFT names its base by a path at best; the backbone that this upload is proven on is what it is bound to.
-        backbone=TrainedOn(
-            name=spec.name,
-            model_type=spec.model_type,
-            hidden_size=spec.hidden_size,
-            num_layers=spec.num_layers,
-            fingerprint=spec.fingerprint,
-        ),
+        backbone=TrainedOn.on(spec),
         source=f"peft {options.get('peft_version') or 'of unknown version'}",
     )
     return Artifact.build(manifest, {ours[name]: tensor for name, tensor in tensors.items()})
