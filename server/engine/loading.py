@@ -9,8 +9,8 @@ from server.store.artifact import Artifact, Golden, TrainedOn
 from server.tasks.adapter import Blueprint, TaskAdapter
 
 GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""How far a golden output may be off, relative to 1 + the largest output. The demo adapters, trained in float32, are off
-by 2e-7 when served in float32 and by up to 0.011 in bfloat16; the rest is room for other kernels and other adapters."""
+"""How far a golden output may be off, relative to 1 + the largest output. The demo adapters, trained in float32, are
+off by 2e-7 when served in float32 and by up to 0.011 in bfloat16; the rest is room for other kernels and adapters."""
 
 SMOKE_TEXTS = ("a", "adapterd checks that this adapter gives finite answers")
 
