@@ -31,7 +31,8 @@ log = get_logger("adapterd.engine")
 T = TypeVar("T")
 
 MAX_SCORES = 100_000
-"""Scores of one answer. Making them takes the device's thread a microsecond each, in which nobody else is served."""
+"""Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
+and a half million took 9 seconds."""
 
 STORE_THREADS = 8
 """Store calls mostly wait, so there are more of them than cores."""

@@ -47,6 +47,7 @@ GOLDEN_TEXTS = (
 """Made up rather than taken from the data: a manifest travels farther than training texts, which can be personal."""
 
 RELEASE_TRIES = 5
+"""Each try takes the number after the latest release, so only a steady stream of other writers wins them all."""
 
 PREDICT_TEXTS = 32
 """Texts of one forward when measuring: more gain nothing on a CPU and take memory."""
