@@ -10,8 +10,21 @@ class SiteKind(StrEnum):
 
     LINEAR = "linear"
     """A linear layer: x enters it, y leaves it. The name is the module's path."""
+    LINEAR_INPUT = "linear_input"
+    """What enters a linear layer. The name is the module's path."""
+    EMBEDDING = "embedding"
+    """A table of embeddings: x are the ids that are looked up, y their rows. The name is the module's path."""
+    NORM = "norm"
+    """A normalization layer: x enters it, y leaves it. The name is the module's path."""
     RESIDUAL = "residual"
-    """The output y of a sub-layer before it joins the residual stream. The name is `<layer>.attention|ffn`."""
+    """Where a sub-layer's output h joins the residual stream x. y is what goes on from there: h itself where the
+    model adds and normalizes later (pre-LN), norm(h + x) where it does both at once (post-LN). The name is
+    `<layer>.attention|ffn`."""
+    KEY_VALUE = "key_value"
+    """The keys and values of a layer's attention, [rows, size_out] each; it reads [rows, size_in]. The name is the
+    layer's number."""
+    ENCODER = "encoder"
+    """The states before the first layer, name `input`, and after the last, name `output`."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,9 +37,32 @@ class Site:
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
 
-    def is_target(self, target: str) -> bool:
-        """PEFT's rule for a list of target modules: a linear layer's whole path, or the end of it after a dot."""
-        return self.kind is SiteKind.LINEAR and (self.name == target or self.name.endswith(f".{target}"))
+
+ENCODER_INPUT = Site(SiteKind.ENCODER, "input")
+ENCODER_OUTPUT = Site(SiteKind.ENCODER, "output")
+
+
+class Reach(StrEnum):
+    """Which rows the module at a site sees."""
+
+    TOKENS = "tokens"
+    """One row per token."""
+    TEXTS = "texts"
+    """One row per text: a pooler."""
+    SHARED = "shared"
+    """Also rows that belong to no text, such as relative positions: an adapter that acts here has to have the
+    forward to itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class SiteSpec:
+    """The sizes at a site."""
+
+    size_in: int
+    size_out: int
+    bias: bool = False
+    """Whether its module has a bias."""
+    reach: Reach = Reach.TOKENS
 
 
 class Pooling(StrEnum):
@@ -36,8 +72,29 @@ class Pooling(StrEnum):
     """Mean over the text's tokens."""
     CLS = "cls"
     """The state of the first token."""
+    LAST = "last"
+    """The state of the last token."""
     POOLER = "pooler"
     """The backbone's own frozen pooler on the first token (BERT: tanh(W h + b))."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassifierSpec:
+    """The sequence classification head that transformers builds for a family: what it reads, and its tensors.
+
+    pooling -> dense -> activation -> norm -> output, where dense and norm may be missing.
+    """
+
+    pooling: Pooling
+    output: str
+    """Path of the last linear layer."""
+    dense: str | None = None
+    dense_bias: bool = True
+    activation: str = "tanh"
+    norm: str | None = None
+    norm_eps: float = 1e-5
+    bias: bool = True
+    """Whether the last layer has one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +111,34 @@ class BackboneSpec:
     """Longest text, special tokens included."""
     prefix: str
     """transformers' `base_model_prefix`, e.g. `bert`: checkpoints of whole models put it before module paths."""
-    sites: Mapping[Site, tuple[int, int]]
-    """Every site with the sizes of its input and of its output."""
+    listed: bool
+    """Whether sites.py knows the family; else only its linear layers and embeddings are sites."""
+    sites: Mapping[Site, SiteSpec]
     poolings: frozenset[Pooling]
-    classifier_pooling: Pooling | None
-    """What transformers' sequence classifier of this family puts under its one linear layer, if that is all it
-    has; None where its head is built otherwise."""
-    default_targets: tuple[str, ...]
-    """Names of the attention's query and value projections, where the family is listed."""
+    classifier: ClassifierSpec | None
+    """transformers' classification head for the family, if the family is listed."""
+    layers: tuple[str, ...]
+    """Paths of the layers, where the family is listed. A layer that is run through several times is one."""
+    word_embeddings: str
+    """Path of the table of word embeddings."""
+    targets: Mapping[str, tuple[str, ...]]
+    """Roles of linear layers -> names that they have here: `query`, `key`, `value`, `query_key_value` (one layer for
+    all three), `intermediate` and `output` (the feed-forward network's). Empty for a family that is not listed."""
+
+    def sites_of(self, kind: SiteKind) -> list[Site]:
+        """The sites of a kind, in the model's order."""
+        return [site for site in self.sites if site.kind is kind]
+
+    def named(self, *roles: str) -> tuple[str, ...]:
+        """Names of the linear layers that play these roles here, as far as they are sites."""
+        names = [name for role in roles for name in self.targets.get(role, ())]
+        linear = [site.name for site in self.sites_of(SiteKind.LINEAR)]
+        return tuple(name for name in names if any(is_target(path, name) for path in linear))
+
+
+def is_target(path: str, target: str) -> bool:
+    """PEFT's rule for a list of target modules: a module's whole path, or the end of it after a dot."""
+    return path == target or path.endswith(f".{target}")
 
 
 @dataclass(frozen=True, slots=True)

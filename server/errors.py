@@ -4,6 +4,7 @@ AdapterdError
 ├── InvalidRequest          422  a field of the request
 ├── InvalidAdapter          422  a file, tensor or field of an uploaded adapter
 ├── UnknownAdapter          404
+├── WrongTask               409  an adapter of another task than the route's
 ├── Conflict                409  somebody else released at the same moment
 ├── TooLarge                413  a text, a list or a body over its limit
 ├── Overloaded              429  the queue is full; carries Retry-After
@@ -55,6 +56,14 @@ class UnknownAdapter(AdapterdError):
     status = 404
     type = "not_found_error"
     code = "adapter_not_found"
+
+
+class WrongTask(AdapterdError):
+    """The adapter does not do what was asked."""
+
+    status = 409
+    type = "invalid_request_error"
+    code = "wrong_task"
 
 
 class Conflict(AdapterdError):

@@ -5,16 +5,39 @@ own contiguous slice of the token axis; `plan.py` runs many of them in one batch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
-from torch import Tensor
+from torch import Tensor, nn
 
-from server.core import BackboneSpec, Site
+from server.adapters.flow import Flow, Gate
+from server.core import BackboneSpec, Reach, Site, SiteSpec
 from server.errors import InvalidAdapter
+
+
+class Host(Protocol):
+    """The backbone, as far as adapters may look at it."""
+
+    @property
+    def spec(self) -> BackboneSpec:
+        """What it is."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which number format."""
+
+    def module(self, site: Site) -> nn.Module:
+        """The frozen module at a site; at a residual site, the normalization that follows (Identity if none does)."""
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The frozen tensors by name."""
 
 
 class MethodConfig(BaseModel):
@@ -25,61 +48,147 @@ class MethodConfig(BaseModel):
 
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 WeightsT = TypeVar("WeightsT")
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Framing:
+    """What an adapter does to the frame of its texts."""
+
+    virtual_tokens: int = 0
+    """Rows that join each text."""
+    before: int = 0
+    """The text's token that they come before."""
+    positions: int = 0
+    """Positions that are taken before the text's first token; a text has to be shorter by as many."""
+
+
+class KeyValue(NamedTuple):
+    """What a method binds at a key_value site: rows before the keys and values of each of the adapter's texts."""
+
+    keys: Tensor  # [virtual tokens, heads * head size]
+    values: Tensor  # likewise
+    gate: Gate | None = None
+    """One number for each text, or two, that keys and values are multiplied by."""
 
 
 class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
     """One kind of adapter. Stateless: an instance is shared by all adapters of the kind.
 
-    `ConfigT` holds the hyperparameters, `WeightsT` whatever `apply` wants to find prepared at one site.
+    `ConfigT` holds the hyperparameters, `WeightsT` whatever `apply` wants to find prepared at one site. A method says
+    at which sites it acts and with which parameters; one with parameters that its sites share says so as well.
     """
 
     name: ClassVar[str]
     Config: ClassVar[type[MethodConfig]]
 
-    def defaults(self, spec: BackboneSpec) -> dict[str, Any]:
-        """Options of the method that training fills in from the backbone where the user gives none."""
-        return {}
+    def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
+        """Options as a user writes them, as `Config` takes them: what depends on the backbone is filled in."""
+        return dict(options)
 
     @abstractmethod
     def sites(self, config: ConfigT, spec: BackboneSpec) -> list[Site]:
         """The sites this adapter acts at. Raises InvalidAdapter where a target is not in the backbone."""
 
     @abstractmethod
-    def shapes(self, config: ConfigT, site: Site, size_in: int, size_out: int) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, at a site of these sizes."""
+    def shapes(self, config: ConfigT, site: Site, at: SiteSpec) -> dict[str, Shape]:
+        """Parameter name -> shape, at one site."""
+
+    def shared_shapes(self, config: ConfigT, spec: BackboneSpec) -> dict[str, Shape]:
+        """Parameter name -> shape, of what all sites share."""
+        return {}
 
     @abstractmethod
     def init(
-        self, config: ConfigT, site: Site, size_in: int, size_out: int, generator: torch.Generator
+        self, config: ConfigT, site: Site, at: SiteSpec, module: nn.Module, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Fresh float32 parameters for training, of the shapes that `shapes` gives."""
+        """Fresh float32 parameters of one site for training, of the shapes that `shapes` gives.
+
+        `module` is the frozen module at the site.
+        """
+
+    def init_shared(self, config: ConfigT, spec: BackboneSpec, generator: torch.Generator) -> dict[str, Tensor]:
+        """The same for what the sites share."""
+        return {}
+
+    def share(self, config: ConfigT, shared: Mapping[str, Tensor], host: Host) -> Mapping[str, Tensor]:
+        """Prepares what the sites share, once for all of them: `bind` is given this. Differentiable."""
+        return shared
 
     @abstractmethod
-    def bind(self, config: ConfigT, site: Site, params: Mapping[str, Tensor]) -> WeightsT:
+    def bind(
+        self, config: ConfigT, site: Site, params: Mapping[str, Tensor], shared: Mapping[str, Tensor], module: nn.Module
+    ) -> WeightsT:
         """Prepares the parameters of one site for `apply`. Differentiable."""
 
-    @abstractmethod
-    def apply(self, weights: WeightsT, x: Tensor, y: Tensor) -> Tensor:
-        """The site's new output for one adapter's tokens. Pure and differentiable.
+    def framing(self, config: ConfigT) -> Framing:
+        """What the adapter does to the frame of its texts."""
+        return Framing()
 
-        `x` [tokens, size_in] is what entered the site's module, `y` [tokens, size_out] what it put out; neither may
-        be written to. Returns [tokens, size_out].
+    def apply(self, weights: WeightsT, flow: Flow) -> Tensor:
+        """What goes on from the site instead of `flow.y`, for one adapter's rows. Pure and differentiable.
+
+        Returns [rows, size_out]; nothing of the flow may be written to. Not called at key_value sites, whose
+        weights (`KeyValue`) the attention reads.
         """
+        raise NotImplementedError(f"{self.name} is read by the attention")
 
-    def apply_run(
-        self, weights: Sequence[WeightsT], lengths: list[int], x: Tensor, y: Tensor, shared: dict[Any, Any]
-    ) -> Tensor:
-        """The same for adapters whose tokens lie side by side: the i-th owns the next `lengths[i]` rows of x and y.
+    def apply_run(self, weights: Sequence[WeightsT], flow: Flow) -> Iterator[Tensor]:
+        """The same for adapters whose rows lie side by side; `flow.texts` has one entry for each.
 
-        A method whose small products are worth joining does so here; this one goes slice by slice. `shared` lives as
-        long as the forward, for what is the same at all its sites.
+        Gives the result in pieces, in the order of the rows; a piece may cover several adapters. A method whose small
+        products are worth joining does so here; this one goes slice by slice.
         """
-        slices = zip(weights, torch.split(x, lengths), torch.split(y, lengths), strict=True)
-        # One concatenation keeps this pure, so that training can run it, and costs no more than small copies.
-        return torch.cat([self.apply(own, own_x, own_y) for own, own_x, own_y in slices])
+        for own, part in zip(weights, flow.split(), strict=True):
+            yield self.apply(own, part)
 
 
 Method = AdapterMethod[Any, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A method with its hyperparameters. An adapter is one or several of them."""
+
+    method: Method
+    config: MethodConfig
+
+    def sites(self, spec: BackboneSpec) -> list[Site]:
+        """Where it acts."""
+        return self.method.sites(self.config, spec)
+
+    def shapes(self, spec: BackboneSpec) -> dict[str, Shape]:
+        """Artifact tensor name -> shape, for everything that it consists of."""
+        shapes = {
+            tensor_name(site, param): shape
+            for site in self.sites(spec)
+            for param, shape in self.method.shapes(self.config, site, spec.sites[site]).items()
+        }
+        shared = self.method.shared_shapes(self.config, spec)
+        return {f"{self.method.name}/{param}": shape for param, shape in shared.items()} | shapes
+
+    def init(self, host: Host, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh parameters, by artifact tensor name."""
+        shared = self.method.init_shared(self.config, host.spec, generator)
+        return {f"{self.method.name}/{param}": value for param, value in shared.items()} | {
+            tensor_name(site, param): value
+            for site in self.sites(host.spec)
+            for param, value in self.method.init(
+                self.config, site, host.spec.sites[site], host.module(site), generator
+            ).items()
+        }
+
+    def bind(self, tensors: Mapping[str, Tensor], host: Host) -> "BoundPart":
+        """Prepares its tensors at all its sites. They must have passed `check_tensors`."""
+        method, config, spec = self.method, self.config, host.spec
+        stored = {param: tensors[f"{method.name}/{param}"] for param in method.shared_shapes(config, spec)}
+        shared = method.share(config, stored, host)
+        sites = {}
+        for site in self.sites(spec):
+            names = method.shapes(config, site, spec.sites[site])
+            params = {param: tensors[tensor_name(site, param)] for param in names}
+            sites[site] = method.bind(config, site, params, shared, host.module(site))
+        return BoundPart(method, sites, method.framing(config))
 
 
 def tensor_name(site: Site, param: str) -> str:
@@ -87,49 +196,44 @@ def tensor_name(site: Site, param: str) -> str:
     return f"{site}/{param}"
 
 
-def tensor_shapes(method: Method, config: MethodConfig, spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
-    """Artifact tensor name -> shape, for everything that an adapter of this config consists of."""
-    return {
-        tensor_name(site, param): shape
-        for site in method.sites(config, spec)
-        for param, shape in method.shapes(config, site, *spec.sites[site]).items()
-    }
+@dataclass(frozen=True, slots=True)
+class BoundPart:
+    """A method with its prepared weights by site."""
 
-
-def init_tensors(
-    method: Method, config: MethodConfig, spec: BackboneSpec, generator: torch.Generator
-) -> dict[str, Tensor]:
-    """Fresh parameters of a whole adapter, by artifact tensor name."""
-    return {
-        tensor_name(site, param): value
-        for site in method.sites(config, spec)
-        for param, value in method.init(config, site, *spec.sites[site], generator).items()
-    }
+    method: Method
+    sites: Mapping[Site, Any]
+    framing: Framing
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeights:
-    """An adapter's method with its prepared weights by site."""
+    """An adapter's parts, in the order in which they act where they meet."""
 
-    method: Method
-    sites: Mapping[Site, Any]
+    parts: tuple[BoundPart, ...]
+    alone: bool = False
+    """Has the forward to itself: it acts at a site that all rows share."""
 
+    @classmethod
+    def of(cls, parts: Iterable[BoundPart], spec: BackboneSpec) -> "AdapterWeights":
+        """The whole of the parts."""
+        whole = tuple(parts)
+        return cls(whole, any(spec.sites[site].reach is Reach.SHARED for part in whole for site in part.sites))
 
-def bind_tensors(
-    method: Method, config: MethodConfig, tensors: Mapping[str, Tensor], spec: BackboneSpec
-) -> AdapterWeights:
-    """Prepares an adapter's tensors at all its sites. The tensors must have passed `check_tensors`."""
-    sites = {}
-    for site in method.sites(config, spec):
-        params = method.shapes(config, site, *spec.sites[site])
-        sites[site] = method.bind(config, site, {param: tensors[tensor_name(site, param)] for param in params})
-    return AdapterWeights(method, sites)
+    @property
+    def method(self) -> Method:
+        """The method that names the adapter."""
+        return self.parts[0].method
+
+    @property
+    def framing(self) -> Framing:
+        """What it does to the frame of its texts: at most one part does something."""
+        return next((part.framing for part in self.parts if part.framing != Framing()), Framing())
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> None:
     """Refuses a misshapen, a non-finite, an unused or a missing tensor by its name, the same one each time."""
     ordered = sorted(tensors.items())
     for name, tensor in ordered:
@@ -150,3 +254,18 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     for name in shapes:
         if name not in tensors:
             raise InvalidAdapter(f"tensor {name!r} is missing", param=name, code="missing_tensor")
+
+
+def frozen_weight(module: nn.Module) -> Tensor:
+    """A module's weight as [size_out, size_in]. GPT-2's Conv1D and embeddings keep it the other way round."""
+    weight = module.get_parameter("weight")
+    return weight if isinstance(module, nn.Linear) else weight.t()
+
+
+def unsupported(method: Method, spec: BackboneSpec, why: str) -> InvalidAdapter:
+    """The refusal of a method that this backbone has no place for."""
+    return InvalidAdapter(
+        f"method {method.name!r} is not supported on backbones of type {spec.model_type!r}: {why}",
+        param="method",
+        code="unsupported_method",
+    )

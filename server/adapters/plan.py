@@ -1,14 +1,15 @@
-"""AdapterPlan: who owns which tokens of one batch, and what happens to them at each site."""
+"""AdapterPlan: who owns which rows of one batch, and what happens to them at each site."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from server.adapters.base import AdapterWeights, Method
-from server.core import Site
+from server.adapters.base import AdapterWeights, Framing, KeyValue, Method
+from server.adapters.flow import Flow, Shared, Texts
+from server.core import Site, SiteKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,65 +23,155 @@ class Segment:
     """One past its last text."""
 
 
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """Keys and values that texts of a batch see before their own."""
+
+    start: int  # first text
+    end: int  # one past the last
+    key_value: KeyValue
+    row: int  # first row
+    texts: Texts
+
+    def opened(self, x: Tensor) -> "list[Prefix]":
+        """One prefix for each text, as the gate leaves it, given all rows of what the attention reads."""
+        keys, values, gate = self.key_value
+        if gate is None:
+            return [self]
+        numbers = gate.per_text(x[self.row : self.row + self.texts.rows], self.texts)
+        return [
+            Prefix(text, text + 1, KeyValue(keys * own[0], values * own[-1]), self.row, self.texts)
+            for text, own in enumerate(numbers, self.start)
+        ]
+
+
 @dataclass(slots=True)
 class _Run:
     """Neighbouring segments of one method at one site."""
 
     method: Method
-    start: int  # first token
+    start: int  # first row
     end: int  # one past the last
     weights: list[Any] = field(default_factory=list)
-    lengths: list[int] = field(default_factory=list)
+    texts: list[Texts] = field(default_factory=list)
+
+    def apply(self, x: Tensor, y: Tensor, h: Tensor | None, shared: Shared) -> Iterator[Tensor]:
+        """The rows of the run after its adapters, in pieces; the arguments are all rows."""
+        own = slice(self.start, self.end)
+        flow = Flow(x[own], y[own], self.texts, h[own] if h is not None else None, shared)
+        return self.method.apply_run(self.weights, flow)
 
 
 class AdapterPlan:
     """The segments of one batch. The backbone calls `apply` at its sites and knows nothing else of adapters.
 
-    Texts are sorted by method and adapter, so each adapter owns one contiguous slice of the token axis and needs no
-    gather, and a method sees its adapters side by side.
+    Texts are sorted by method and adapter, so each adapter owns one contiguous slice of the rows and needs no gather,
+    and a method sees its adapters side by side.
     """
 
     def __init__(self, segments: Sequence[Segment]) -> None:
         """`segments` in the order of the texts; texts that none covers run through the bare backbone."""
         self._segments = segments
-        self._runs: dict[Site, list[_Run]] = {}
-        self._shared: dict[Any, Any] = {}
+        self._passes: dict[Site, list[list[_Run]]] = {}
+        self._prefixes: dict[Site, list[Prefix]] = {}
+        self._opened: dict[Site, list[Prefix]] = {}
+        self._shared: Shared = {}
 
-    def place(self, offsets: Sequence[int]) -> None:
-        """Lays the segments on the token axis; `offsets[i]` is the first token of text i, the last is their sum.
+    def check(self, texts: int) -> None:
+        """Raises ValueError where an adapter that needs a batch of so many texts to itself shares it."""
+        for segment in self._segments:
+            if segment.adapter.alone and (segment.start, segment.end) != (0, texts):
+                raise ValueError("an adapter at a site that all rows share needs the forward to itself")
 
-        The backbone calls this with the layout it chose, packed or padded, before a forward.
+    def framings(self, texts: int) -> list[Framing]:
+        """What the adapters do to the frame of each of so many texts."""
+        framings = [Framing()] * texts
+        for segment in self._segments:
+            framings[segment.start : segment.end] = [segment.adapter.framing] * (segment.end - segment.start)
+        return framings
+
+    def place(self, offsets: Sequence[int], lengths: Sequence[int], per_text: Container[Site] = ()) -> None:
+        """Lays the segments on the rows; `offsets[i]` is the first row of text i, the last is their sum.
+
+        Text i fills `lengths[i]` rows, padding the rest. `per_text` are sites that see one row per text instead. The
+        backbone calls this with the layout it chose, packed or padded, before a forward.
         """
-        self._runs = {}
-        self._shared = {}
+        self._passes, self._prefixes, self._opened, self._shared = {}, {}, {}, {}
         for segment in self._segments:
             start, end = offsets[segment.start], offsets[segment.end]
-            method = segment.adapter.method
-            for site, weights in segment.adapter.sites.items():
-                runs = self._runs.setdefault(site, [])
-                if not runs or runs[-1].method is not method or runs[-1].end != start:
-                    runs.append(_Run(method, start, start))
-                run = runs[-1]
-                run.weights.append(weights)
-                run.lengths.append(end - start)
-                run.end = end
+            own = range(segment.start, segment.end)
+            tokens = Texts([offsets[i] - start for i in own], [lengths[i] for i in own], end - start)
+            whole = Texts(range(len(own)), [1] * len(own), len(own))
+            for index, part in enumerate(segment.adapter.parts):
+                for site, weights in part.sites.items():
+                    if site.kind is SiteKind.KEY_VALUE:
+                        prefix = Prefix(segment.start, segment.end, weights, start, tokens)
+                        self._prefixes.setdefault(site, []).append(prefix)
+                    elif site in per_text:
+                        self._add(site, index, part.method, weights, segment.start, whole)
+                    else:
+                        self._add(site, index, part.method, weights, start, tokens)
 
-    def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        """The output of `site` after the adapters: x [tokens, size_in], y [tokens, size_out] -> [tokens, size_out]."""
-        runs = self._runs.get(site)
-        if runs is None:
-            return y
-        pieces: list[Tensor] = []
+    def _add(self, site: Site, index: int, method: Method, weights: Any, start: int, texts: Texts) -> None:
+        """Parts of an adapter that meet at a site act one after the other: the n-th part in the n-th pass."""
+        passes = self._passes.setdefault(site, [])
+        while len(passes) <= index:
+            passes.append([])
+        runs = passes[index]
+        if not runs or runs[-1].method is not method or runs[-1].end != start:
+            runs.append(_Run(method, start, start))
+        run = runs[-1]
+        run.weights.append(weights)
+        run.texts.append(texts)
+        run.end = start + texts.rows
+
+    def acts_at(self, site: Site) -> bool:
+        """Whether anything happens at a site."""
+        return site in self._passes
+
+    def prefixes(self, site: Site) -> Sequence[Prefix]:
+        """What the attention of a layer puts before keys and values."""
+        return self._opened[site] if site in self._opened else self._prefixes.get(site, ())
+
+    def observe(self, site: Site, x: Tensor) -> None:
+        """Opens the gates of a layer's prefixes, given what its attention reads, [rows, size_in]."""
+        prefixes = self._prefixes[site]
+        if any(prefix.key_value.gate is not None for prefix in prefixes):
+            self._opened[site] = [one for prefix in prefixes for one in prefix.opened(x)]
+
+    def apply(self, site: Site, x: Tensor, y: Tensor, h: Tensor | None = None) -> Tensor:
+        """What goes on from `site` after the adapters, as Flow names it: [rows, size_out].
+
+        Nothing that is given is written to while gradients are recorded. Without them y is changed in place, which
+        spares copying all rows for the sake of a few: it has to be the caller's own, and not the same memory as x or h.
+        """
+        for runs in self._passes.get(site, ()):
+            if torch.is_grad_enabled():
+                y = torch.cat(list(self._pieces(runs, x, y, h)))
+                continue
+            for run in runs:
+                start = run.start
+                for piece in run.apply(x, y, h, self._shared):
+                    y[start : start + piece.shape[0]] = piece
+                    start += piece.shape[0]
+        return y
+
+    def apply_to_all(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        """The same at a site that all rows share, for the only adapter of the batch: whatever the rows are."""
+        texts = (Texts((0,), (y.shape[0],), y.shape[0]),)
+        for runs in self._passes.get(site, ()):
+            for run in runs:
+                y = torch.cat(list(run.method.apply_run(run.weights, Flow(x, y, texts))))
+        return y
+
+    def _pieces(self, runs: Sequence[_Run], x: Tensor, y: Tensor, h: Tensor | None) -> Iterator[Tensor]:
+        """All rows, those of the runs and those between them."""
         done = 0
         for run in runs:
-            if run.start > done:
-                pieces.append(y[done : run.start])
-            own_x, own_y = x[run.start : run.end], y[run.start : run.end]
-            pieces.append(run.method.apply_run(run.weights, run.lengths, own_x, own_y, self._shared))
+            yield y[done : run.start]
+            yield from run.apply(x, y, h, self._shared)
             done = run.end
-        if done < y.shape[0]:
-            pieces.append(y[done:])
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        yield y[done:]
 
 
 NO_ADAPTERS = AdapterPlan(())

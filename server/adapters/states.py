@@ -14,7 +14,9 @@ class TextStates:
     """The last hidden states of a batch of texts, without padding, whatever layout produced them."""
 
     tokens: Tensor  # [tokens, hidden]
-    lengths: Sequence[int]  # tokens of each text, in order
+    lengths: Sequence[int]  # tokens of each text, in order, the virtual ones of its adapter included
+    virtual: Sequence[tuple[int, int]]
+    """Of each text, the token that virtual tokens come before, and how many they are."""
     pooler: Callable[[Tensor], Tensor] | None
     """The backbone's own pooler, [texts, hidden] -> [texts, hidden], if its checkpoint has one."""
     _pooled: dict[Pooling, Tensor] = field(default_factory=dict)
@@ -25,6 +27,13 @@ class TextStates:
             self._pooled[pooling] = self._pool(pooling).float()
         return self._pooled[pooling]
 
+    def own(self, text: int) -> Tensor:
+        """The states of a text's own tokens, without virtual ones, [tokens, hidden]."""
+        start = sum(self.lengths[:text])
+        states = self.tokens[start : start + self.lengths[text]]
+        before, count = self.virtual[text]
+        return torch.cat([states[:before], states[before + count :]]) if count else states
+
     def _pool(self, pooling: Pooling) -> Tensor:
         lengths = torch.tensor(self.lengths).to(self.tokens.device, non_blocking=True)
         if pooling is Pooling.MEAN:
@@ -32,6 +41,8 @@ class TextStates:
             # float32, since a sum over hundreds of tokens loses what bfloat16 keeps of each
             sums = torch.zeros(len(self.lengths), self.tokens.shape[1], device=self.tokens.device)
             return sums.index_add(0, owner, self.tokens.float()) / lengths[:, None]
+        if pooling is Pooling.LAST:
+            return self.tokens[lengths.cumsum(0) - 1]
         first = self.tokens[lengths.cumsum(0) - lengths]
         if pooling is Pooling.POOLER:
             if self.pooler is None:

@@ -1,16 +1,18 @@
-"""Packed attention: one row of tokens holds many texts, and each text sees only itself.
+"""Packed attention: one row of tokens holds many texts, and each text sees only itself, after its adapter's prefix.
 
 transformers looks attention functions up by name (AttentionInterface); `PACKED` is ours. The texts of a batch reach it
 as the keyword argument `packed`, which the model passes through.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
+
+from server.adapters.plan import Prefix
 
 PACKED = "adapterd_packed"
 
@@ -20,42 +22,117 @@ costs about 40 us whatever its size, masked-out work grows with the square of th
 on CPU."""
 
 
+class _Window(NamedTuple):
+    """Texts of one attention call."""
+
+    first: int
+    lengths: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.first + len(self.lengths)
+
+
+class _Visible(NamedTuple):
+    """What decides a window's mask."""
+
+    causal: bool
+    sliding: int | None
+    dtype: torch.dtype
+    prefixes: tuple[tuple[int, int, int], ...]  # first text, one past the last, virtual tokens
+
+
 class PackedTexts:
-    """The lengths of the texts in a packed row, cut into windows of one attention call each."""
+    """The texts in a packed row, cut into windows of one attention call each."""
 
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        """`lengths`: tokens of each text, in order. Masks are made on `device`, without a synchronization."""
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        device: torch.device,
+        prefixes: Callable[[nn.Module], Sequence[Prefix]] = lambda module: (),
+    ) -> None:
+        """`lengths`: tokens of each text, in order; `prefixes(module)`: what the attention of a layer puts before them.
+
+        Masks are made on `device`, without a synchronization.
+        """
         self._device = device
-        self._windows: list[list[int]] = []
+        self._prefixes = prefixes
+        self._windows: list[_Window] = []
         room = 0
-        for length in lengths:
+        for index, length in enumerate(lengths):
             if length > room:
-                self._windows.append([])
+                self._windows.append(_Window(index, []))
                 room = WINDOW_TOKENS
-            self._windows[-1].append(length)
+            self._windows[-1].lengths.append(length)
             room -= length
-        self.sizes = [sum(window) for window in self._windows]
-        self._masks: dict[tuple[bool, torch.dtype], list[Tensor | None]] = {}
+        self._sizes = [sum(window.lengths) for window in self._windows]
+        self._masks: dict[_Visible, list[Tensor | None]] = {}
 
-    def masks(self, causal: bool, dtype: torch.dtype) -> list[Tensor | None]:
-        """One additive mask [size, size] per window; None where a single text sees all of itself."""
-        key = (causal, dtype)
-        if key not in self._masks:
-            self._masks[key] = [self._mask(window, causal, dtype) for window in self._windows]
-        return self._masks[key]
+    def cut(
+        self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, sliding: int | None
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+        """Query, keys, values and additive mask of each window; the mask is None where everything is seen."""
+        prefixes = list(self._prefixes(module))
+        around = tuple((one.start, one.end, one.key_value.keys.shape[0]) for one in prefixes)
+        masks = self._masked(_Visible(causal, sliding, query.dtype, around))
+        parts = list(zip(*(torch.split(t, self._sizes, dim=2) for t in (query, key, value)), strict=True))
+        if prefixes:
+            sets = [
+                self._with_prefixes(window, prefixes, k, v)
+                for window, (_, k, v) in zip(self._windows, parts, strict=True)
+            ]
+            parts = [(q, k, v) for (q, _, _), (k, v) in zip(parts, sets, strict=True)]
+        return [(q, k, v, mask) for (q, k, v), mask in zip(parts, masks, strict=True)]
 
-    def _mask(self, window: list[int], causal: bool, dtype: torch.dtype) -> Tensor | None:
-        if len(window) == 1 and not causal:
+    def _with_prefixes(
+        self, window: _Window, prefixes: Sequence[Prefix], key: Tensor, value: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Every prefix of the window's texts once, then the window's own keys and values."""
+        own = [one.key_value for one in prefixes if _meets(one.start, one.end, window)]
+        if not own:
+            return key, value
+        _, heads, _, size = key.shape
+
+        def rows(matrix: Tensor) -> Tensor:  # [virtual, heads * size] -> [1, heads, virtual, size]
+            return matrix.view(-1, heads, size).transpose(0, 1)[None]
+
+        keys = torch.cat([*(rows(one.keys) for one in own), key], dim=2)
+        return keys, torch.cat([*(rows(one.values) for one in own), value], dim=2)
+
+    def _masked(self, visible: _Visible) -> list[Tensor | None]:
+        if visible not in self._masks:
+            self._masks[visible] = [self._mask(window, visible) for window in self._windows]
+        return self._masks[visible]
+
+    def _mask(self, window: _Window, visible: _Visible) -> Tensor | None:
+        size = sum(window.lengths)
+        # a text within the sliding window is seen whole
+        sliding = visible.sliding if visible.sliding and max(window.lengths) > visible.sliding else None
+        if len(window.lengths) == 1 and not visible.causal and sliding is None:
             return None
-        size = sum(window)
-        mask = torch.full((size, size), float("-inf"), dtype=dtype, device=self._device)
+        prefixes = [one for one in visible.prefixes if _meets(one[0], one[1], window)]
+        before = sum(tokens for _, _, tokens in prefixes)
+        mask = torch.full((size, before + size), float("-inf"), dtype=visible.dtype, device=self._device)
         start = 0
-        for length in window:
-            mask[start : start + length, start : start + length] = 0
+        for text, length in enumerate(window.lengths, window.first):
+            mask[start : start + length, before + start : before + start + length] = 0
+            column = 0
+            for first, end, tokens in prefixes:
+                if first <= text < end:
+                    mask[start : start + length, column : column + tokens] = 0
+                column += tokens
             start += length
-        if causal:
-            mask.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=self._device).triu(1), float("-inf"))
+        own = mask[:, before:]
+        if visible.causal:
+            own.masked_fill_(torch.ones(size, size, dtype=torch.bool, device=self._device).triu(1), float("-inf"))
+        if sliding is not None:
+            places = torch.arange(size, device=self._device)
+            own.masked_fill_((places[:, None] - places[None, :]).abs() >= sliding, float("-inf"))
         return mask
+
+
+def _meets(first: int, end: int, window: _Window) -> bool:
+    return first < window.end and window.first < end
 
 
 def packed_attention(
@@ -73,17 +150,14 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Attention inside each text: query [1, heads, tokens, size], key and value likewise -> [1, tokens, heads, size].
 
-    Signature as transformers calls it; keys and values may have fewer heads (grouped queries). Raises ValueError for a
-    sliding window, which short texts would not show to be missing.
+    Signature as transformers calls it; keys and values may have fewer heads (grouped queries). With a sliding window,
+    tokens see those less than `sliding_window` away.
     """
-    if sliding_window is not None:
-        raise ValueError("packed attention has no sliding windows")
-    masks = packed.masks(bool(getattr(module, "is_causal", False)), query.dtype)
-    windows = zip(*(torch.split(t, packed.sizes, dim=2) for t in (query, key, value)), masks, strict=True)
+    causal = bool(getattr(module, "is_causal", False))
     grouped = query.shape[1] != key.shape[1]
     outputs = [
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
-        for q, k, v, mask in windows
+        for q, k, v, mask in packed.cut(module, query, key, value, causal=causal, sliding=sliding_window)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 

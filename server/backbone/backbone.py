@@ -2,26 +2,34 @@
 
 import hashlib
 import inspect
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from server.adapters.plan import NO_ADAPTERS, AdapterPlan
+from server.adapters.base import AdapterWeights, Framing
+from server.adapters.plan import NO_ADAPTERS, AdapterPlan, Prefix
 from server.adapters.states import TextStates
 from server.backbone import attention
-from server.backbone.sites import FAMILIES, find_sites, first_position
+from server.backbone.sites import FAMILIES, Attachment, encoder_output, find_sites, first_position, layer_paths
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import BackboneSpec, Encoding, Pooling, Site
+from server.core import BackboneSpec, ClassifierSpec, Encoding, Pooling, Reach, Site, SiteKind, SiteSpec
 from server.errors import BackboneError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+PROBE_TOKENS = 12
+"""Length of the longest text that a layout is tried on, unless a sliding window makes a difference only later."""
 
 PADDING_WASTE = 1.25
 """In the padded layout, texts share a forward while the longest is at most this many times the shortest."""
@@ -58,6 +66,14 @@ def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+class _Row(NamedTuple):
+    """One text as the model takes it, with the virtual tokens of its adapter."""
+
+    ids: list[int]
+    type_ids: list[int]
+    positions: list[int]
+
+
 class Backbone:
     """A frozen transformer with adapter sites.
 
@@ -75,19 +91,32 @@ class Backbone:
         self.model: Any = model.requires_grad_(False).train(False)
         self.model.to(device=device, dtype=dtype)
         self.tokenizer = tokenizer
-        self._plan = NO_ADAPTERS
+        self._tensors: Mapping[str, Tensor] = model.state_dict()
         self._first_position = first_position(model.config)
+        accepted = inspect.signature(model.forward).parameters
         # Families without type embeddings may still take the argument, and add something else for it (GPT-2).
-        self._takes_types = "token_type_ids" in inspect.signature(model.forward).parameters and bool(
-            getattr(model.config, "type_vocab_size", 0)
-        )
-        candidates = find_sites(model, model.config)
-        for site, (module, _, _) in candidates.items():
-            module.register_forward_hook(self._hook(site))
+        self._takes_types = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
+        self._takes_positions = "position_ids" in accepted
+        self._plan = NO_ADAPTERS
+        self._rows = 0  # of the running forward
+        self._pooling = False  # the pooler runs, outside of the model's own forward
+        self._streams: dict[Site, Tensor] = {}  # what a residual site waits for, within a layer
+        self._outputs: dict[Site, Tensor] = {}
+        self._reaches: dict[Site, Reach] = {}
+        self._bare: dict[Site, nn.Module] = {}
+        self._attachments = find_sites(model, model.config)
+        for site, attachment in self._attachments.items():
+            self._attach(site, attachment)
+        self._attentions = {
+            attachment.module: site for site, attachment in self._attachments.items() if site.kind is SiteKind.KEY_VALUE
+        }
+        pooler = getattr(model, "pooler", None)
+        self._has_pooler = isinstance(pooler, nn.Module)
         self.packed = self._choose_layout()
-        sites = self._on_token_axis(candidates)
+        self._reaches = self._find_reaches()
+        self._per_text = {site for site, reach in self._reaches.items() if reach is Reach.TEXTS}
         family = FAMILIES.get(model.config.model_type)
-        has_pooler = isinstance(getattr(model, "pooler", None), nn.Module)
+        classifier = family.classifier(model.config) if family else None
         self.spec = BackboneSpec(
             name=name,
             model_type=model.config.model_type,
@@ -96,12 +125,14 @@ class Backbone:
             num_layers=model.config.num_hidden_layers,
             max_tokens=tokenizer.max_tokens,
             prefix=model.base_model_prefix,
-            sites={site: (size_in, size_out) for site, (_, size_in, size_out) in candidates.items() if site in sites},
-            poolings=frozenset(Pooling) if has_pooler else frozenset(Pooling) - {Pooling.POOLER},
-            classifier_pooling=family.classifier_pooling if family else None,
-            default_targets=_present(family.targets, sites) if family else (),
+            listed=family is not None,
+            sites=self._site_specs(classifier),
+            poolings=frozenset(Pooling) if self._has_pooler else frozenset(Pooling) - {Pooling.POOLER},
+            classifier=classifier,
+            layers=layer_paths(model, model.config),
+            word_embeddings=_path(model, model.get_input_embeddings()),
+            targets=family.targets if family else {},
         )
-        self._pooler = self._pool if has_pooler else None
 
     @property
     def device(self) -> torch.device:
@@ -114,6 +145,24 @@ class Backbone:
         """The number format it computes in."""
         dtype: torch.dtype = self.model.dtype
         return dtype
+
+    def module(self, site: Site) -> nn.Module:
+        """The frozen module at a site; at a residual site, the normalization that follows (Identity if none does).
+
+        It may be called from within a forward: no adapter acts in it.
+        """
+        if site not in self._bare:
+            attachment = self._attachments.get(site)
+            if attachment is None:
+                module = None
+            else:
+                module = attachment.norm if site.kind is SiteKind.RESIDUAL else attachment.module
+            self._bare[site] = nn.Identity() if module is None else _without_hooks(module)
+        return self._bare[site]
+
+    def tensors(self) -> Mapping[str, Tensor]:
+        """The frozen tensors by name."""
+        return self._tensors
 
     @classmethod
     def load(cls, name: str, *, device: str = "auto", dtype: str = "auto") -> "Backbone":
@@ -134,57 +183,104 @@ class Backbone:
         tokenizer = Tokenizer.load(source, _max_tokens(model))
         return cls(model, tokenizer, Path(name).name, device=target, dtype=choose_dtype(dtype, target))
 
-    def chunks(self, lengths: Sequence[int]) -> list[list[int]]:
-        """Indices of the texts that should share a forward: all of them if packed, else texts of similar length."""
+    def chunks(self, texts: Sequence[Encoding], adapters: Sequence[AdapterWeights | None]) -> list[list[int]]:
+        """Indices of the texts that should share a forward, given each text's adapter.
+
+        That is all of them if packed, else texts of similar length; adapters that need a forward to themselves get it.
+        """
+        mixed: list[int] = []
+        alone: dict[int, list[int]] = {}
+        for index, adapter in enumerate(adapters):
+            (alone.setdefault(id(adapter), []) if adapter is not None and adapter.alone else mixed).append(index)
+        together = [group for group in (mixed, *alone.values()) if group]
         if self.packed:
-            return [list(range(len(lengths)))]
-        chunks: list[list[int]] = []
-        shortest = 0
-        for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-            if not chunks or lengths[index] > PADDING_WASTE * shortest:
-                chunks.append([])
-                shortest = lengths[index]
-            chunks[-1].append(index)
-        return chunks
+            return together
+        lengths = [
+            len(text) + (adapter.framing.virtual_tokens if adapter is not None else 0)
+            for text, adapter in zip(texts, adapters, strict=True)
+        ]
+        return [chunk for group in together for chunk in _similar(group, lengths)]
 
     def forward(self, texts: Sequence[Encoding], plan: AdapterPlan = NO_ADAPTERS) -> TextStates:
-        """Runs texts, sorted as the plan's segments are, and returns their states in the same order."""
-        lengths = [len(text) for text in texts]
-        return TextStates(self._states(texts, lengths, plan), lengths, self._pooler)
+        """Runs texts, sorted as the plan's segments are, and returns their states in the same order.
 
-    def _states(self, texts: Sequence[Encoding], lengths: list[int], plan: AdapterPlan) -> Tensor:
-        self._plan = plan
+        Raises ValueError where an adapter that needs a forward to itself shares it.
+        """
+        plan.check(len(texts))
+        framings = plan.framings(len(texts))
+        rows = [self._row(text, framing) for text, framing in zip(texts, framings, strict=True)]
+        states = self._states(rows, plan)
+        virtual = [(framing.before, framing.virtual_tokens) for framing in framings]
+        pooler = partial(self._pool, plan) if self._has_pooler else None
+        return TextStates(states, [len(row.ids) for row in rows], virtual, pooler)
+
+    def _row(self, text: Encoding, framing: Framing) -> _Row:
+        """The text, and places for virtual tokens whose embeddings the adapter brings."""
+        extra, before = framing.virtual_tokens, framing.before
+        ids, type_ids = list(text.ids), list(text.type_ids)
+        positions = [self._first_position + framing.positions + i for i in range(len(ids))]
+        if extra:
+            ids[before:before] = [ids[0]] * extra  # any word but padding
+            type_ids[before:before] = [0] * extra
+            taken = range(extra) if framing.positions else [0] * extra
+            positions[before:before] = [self._first_position + i for i in taken]
+        return _Row(ids, type_ids, positions)
+
+    def _states(self, rows: Sequence[_Row], plan: AdapterPlan) -> Tensor:
+        with self._attached(plan):
+            return self._packed(rows) if self.packed else self._padded(rows)
+
+    @contextmanager
+    def _attached(self, plan: AdapterPlan, *, pooling: bool = False) -> Iterator[None]:
+        """The plan acts at the sites as long as this lasts."""
+        self._plan, self._pooling = plan, pooling
         try:
-            return self._packed(texts, lengths) if self.packed else self._padded(texts, lengths)
+            yield
         finally:
-            self._plan = NO_ADAPTERS
+            self._plan, self._pooling = NO_ADAPTERS, False
+            self._streams.clear()
+            self._outputs.clear()
 
-    def _packed(self, texts: Sequence[Encoding], lengths: list[int]) -> Tensor:
+    def _packed(self, rows: Sequence[_Row]) -> Tensor:
         """All texts in one row [1, tokens]; position ids restart at each."""
-        self._plan.place([0, *accumulate(lengths)])
-        positions = [self._first_position + i for length in lengths for i in range(length)]
+        lengths = [len(row.ids) for row in rows]
+        self._place([0, *accumulate(lengths)], lengths)
         inputs = {
-            "input_ids": self._tensor([[i for text in texts for i in text.ids]]),
-            "position_ids": self._tensor([positions]),
+            "input_ids": self._tensor([[i for row in rows for i in row.ids]]),
+            "position_ids": self._tensor([[p for row in rows for p in row.positions]]),
         }
         if self._takes_types:
-            inputs["token_type_ids"] = self._tensor([[t for text in texts for t in text.type_ids]])
-        return self._run(**inputs, packed=attention.PackedTexts(lengths, self.device))[0]
+            inputs["token_type_ids"] = self._tensor([[t for row in rows for t in row.type_ids]])
+        return self._encoded(self._run(**inputs, packed=attention.PackedTexts(lengths, self.device, self._prefixes))[0])
 
-    def _padded(self, texts: Sequence[Encoding], lengths: list[int]) -> Tensor:
+    def _padded(self, rows: Sequence[_Row]) -> Tensor:
         """One row per text [texts, longest]; padding is dropped from the states again."""
+        lengths = [len(row.ids) for row in rows]
         longest = max(lengths)
-        self._plan.place(range(0, (len(texts) + 1) * longest, longest))
+        self._place(range(0, (len(rows) + 1) * longest, longest), lengths)
 
-        def rows(name: str, fill: int) -> Tensor:
-            return self._tensor([[*getattr(t, name), *[fill] * (longest - len(t))] for t in texts])
+        def padded(values: Sequence[list[int]], fill: int) -> Tensor:
+            return self._tensor([[*own, *[fill] * (longest - len(own))] for own in values])
 
-        mask = self._tensor([[1] * length + [0] * (longest - length) for length in lengths])
-        inputs = {"input_ids": rows("ids", self.model.config.pad_token_id or 0), "attention_mask": mask}
+        inputs = {
+            "input_ids": padded([row.ids for row in rows], self.model.config.pad_token_id or 0),
+            "attention_mask": self._tensor([[1] * length + [0] * (longest - length) for length in lengths]),
+        }
         if self._takes_types:
-            inputs["token_type_ids"] = rows("type_ids", 0)
+            inputs["token_type_ids"] = padded([row.type_ids for row in rows], 0)
+        if self._takes_positions:
+            inputs["position_ids"] = padded([row.positions for row in rows], self._first_position)
         keep = [row * longest + i for row, length in enumerate(lengths) for i in range(length)]
-        return self._run(**inputs).flatten(0, 1)[self._tensor(keep)]
+        return self._encoded(self._run(**inputs).flatten(0, 1))[self._tensor(keep)]
+
+    def _place(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        self._plan.place(offsets, lengths, self._per_text if self._reaches else ())
+        self._rows = offsets[len(lengths)]
+
+    def _encoded(self, states: Tensor) -> Tensor:
+        """What adapters after the encoder make of its last states, [rows, hidden]."""
+        site, _ = encoder_output(self.model.config)
+        return self._plan.apply(site, states, states) if self._plan.acts_at(site) else states
 
     def _run(self, **inputs: Any) -> Tensor:
         if getattr(self.model.config, "use_cache", None) is not None:
@@ -195,22 +291,112 @@ class Backbone:
     def _tensor(self, values: list[Any]) -> Tensor:
         return torch.tensor(values).to(self.device, non_blocking=True)
 
-    def _pool(self, first: Tensor) -> Tensor:
-        """The model's pooler, which expects [texts, length, hidden] and looks at the first token."""
-        pooled: Tensor = self.model.pooler(first[:, None])
-        return pooled
+    def _pool(self, plan: AdapterPlan, first: Tensor) -> Tensor:
+        """The model's pooler on the first token of each text, [texts, hidden] -> [texts, hidden]."""
+        with self._attached(plan, pooling=True):
+            pooler = self.model.pooler
+            if isinstance(pooler, nn.Linear):  # ALBERT's; the others look for the first token themselves
+                pooled: Tensor = self.model.pooler_activation(pooler(first))
+            else:
+                pooled = pooler(first[:, None])
+            return pooled
 
-    def _hook(self, site: Site) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-            flat = output.flatten(0, -2)  # [tokens, size_out]
-            return self._plan.apply(site, inputs[0].flatten(0, -2), flat).view_as(output)
+    def _prefixes(self, module: nn.Module) -> Sequence[Prefix]:
+        site = self._attentions.get(module)
+        return self._plan.prefixes(site) if site is not None else ()
+
+    def _attach(self, site: Site, attachment: Attachment) -> None:
+        """Hooks a site. A hook of a site at which the running plan does nothing costs a dictionary look-up."""
+        if site.kind is SiteKind.KEY_VALUE:
+            self._attach_gates(site, attachment)
+        elif site.kind is SiteKind.RESIDUAL:
+            self._attach_residual(site, attachment)
+        elif site.kind is SiteKind.LINEAR_INPUT:
+            attachment.module.register_forward_pre_hook(self._input_hook(site))
+        else:
+            attachment.module.register_forward_hook(self._output_hook(site))
+
+    def _acts_at(self, site: Site) -> bool:
+        if not self._plan.acts_at(site):
+            return False
+        # a pooler's sites act where it is run on all texts, not within the model's own forward
+        return not self._reaches or (self._reaches.get(site) is Reach.TEXTS) is self._pooling
+
+    def _input_hook(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
+            if not self._acts_at(site):
+                return None
+            x = inputs[0].flatten(0, -2)
+            # a copy, since what enters a layer is not this layer's own
+            return (self._adapted(site, x, x.clone()).view_as(inputs[0]), *inputs[1:])
 
         return hook
+
+    def _output_hook(self, site: Site) -> Callable[..., Any]:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+            if not self._acts_at(site):
+                return None
+            y = output.flatten(0, -2)  # [rows, size_out]
+            if site.kind is SiteKind.ENCODER:
+                x = y  # what enters the embeddings is no tensor of rows
+            elif site.kind is SiteKind.EMBEDDING:
+                x = inputs[0].flatten()
+            else:
+                x = inputs[0].flatten(0, -2)
+            return self._adapted(site, x, y).view_as(output)
+
+        return hook
+
+    def _adapted(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+        if self._reaches.get(site) is Reach.SHARED:
+            return self._plan.apply_to_all(site, x, y)
+        return self._plan.apply(site, x, y)
+
+    def _attach_gates(self, site: Site, attachment: Attachment) -> None:
+        """Prefixes may depend on what the attention reads."""
+        assert attachment.stream is not None  # sites.py gives every key_value site one
+
+        def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self._plan.prefixes(site):
+                self._plan.observe(site, inputs[0].flatten(0, -2))
+
+        attachment.stream.register_forward_pre_hook(observe)
+
+    def _attach_residual(self, site: Site, attachment: Attachment) -> None:
+        """Three modules meet here: one sees the residual stream, one the sub-layer's output, one may norm the sum."""
+        assert attachment.stream is not None  # sites.py gives every residual site one
+
+        def keep_stream(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            if self._acts_at(site):
+                self._streams[site] = inputs[0].flatten(0, -2)
+
+        def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+            if not self._acts_at(site):
+                return None
+            h = output.flatten(0, -2)
+            if attachment.norm is not None:
+                self._outputs[site] = h
+                return None
+            return self._plan.apply(site, self._streams.pop(site), h, h).view_as(output)
+
+        def join(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
+            if not self._acts_at(site):
+                return None
+            stream, h = self._streams.pop(site), self._outputs.pop(site)
+            if attachment.swapped:
+                stream, h = h, stream
+            return self._plan.apply(site, stream, output.flatten(0, -2), h).view_as(output)
+
+        attachment.stream.register_forward_pre_hook(keep_stream)
+        attachment.module.register_forward_hook(keep_output)
+        if attachment.norm is not None:
+            attachment.norm.register_forward_hook(join)
 
     @torch.inference_mode()
     def _choose_layout(self) -> bool:
         """True for packed, which is much the faster; False for padded. Switches the attention accordingly."""
-        longest = min(12, self.tokenizer.max_tokens)
+        window = getattr(self.model.config, "sliding_window", None)
+        longest = min(max(PROBE_TOKENS, window + 8 if window and window < 1024 else 0), self.tokenizer.max_tokens)
         try:
             texts = [self._probe(length) for length in (longest, max(1, longest // 2), max(1, longest - 2))]
             # As transformers runs them: one at a time, with its own attention and positions. Nothing to compare on
@@ -219,7 +405,7 @@ class Backbone:
             alone = [] if on_meta else [self._run(input_ids=self._tensor([text.ids]))[0] for text in texts]
         except Exception as error:
             raise BackboneError(f"backbones of type {self.model.config.model_type!r} cannot be run: {error}") from error
-        self.packed = bool(type(self.model)._supports_attention_backend) and not _slides(self.model)
+        self.packed = bool(type(self.model)._supports_attention_backend) and not (window and window >= 1024)
         if self.packed:
             attention.register()
             self.model.set_attn_implementation(attention.PACKED)
@@ -236,7 +422,7 @@ class Backbone:
     def _reproduces(self, texts: list[Encoding], alone: list[Tensor]) -> bool:
         """Whether the layout gives texts of different lengths together the states that they have alone."""
         try:
-            together = self._states(texts, [len(text) for text in texts], NO_ADAPTERS)
+            together = self._states([self._row(text, Framing()) for text in texts], NO_ADAPTERS)
         except (TypeError, ValueError, RuntimeError, IndexError):
             return False  # the architecture does not take this layout at all
         if not alone:
@@ -246,15 +432,38 @@ class Backbone:
         return bool((together.float() - expected).abs().max() <= tolerance * expected.abs().max())
 
     @torch.inference_mode()
-    def _on_token_axis(self, sites: Iterable[Site]) -> set[Site]:
-        """The sites whose modules see one row per token, and nothing else.
+    def _find_reaches(self) -> dict[Site, Reach]:
+        """Which rows the modules at the sites see, by recording a forward and a pooling; one that sees others is none.
 
-        A pooler sees one row per text, relative position projections one per distance: no adapter's slice fits those.
+        The embedding of positions, seen once for all texts in the padded layout, fits no adapter's slice; nor does an
+        expert that sees some of the tokens.
         """
-        recorder = _Recorder()
-        text = self._probe(min(7, self.tokenizer.max_tokens))
-        self._states([text], [len(text)], recorder)
-        return {site for site in sites if recorder.rows[site] == {len(text)}}
+        texts = [self._probe(min(length, self.tokenizer.max_tokens)) for length in (7, 5)]
+        forward, pooling = _Recorder(), _Recorder()
+        self._states([self._row(text, Framing()) for text in texts], forward)
+        rows = self._rows
+        if self._has_pooler:
+            self._pool(pooling, torch.zeros(3, self.model.config.hidden_size, device=self.device, dtype=self.dtype))
+        listed = self.model.config.model_type in FAMILIES
+        reaches = {}
+        for site in self._attachments:
+            if site in pooling.rows:
+                reaches[site] = Reach.TEXTS
+            elif forward.rows[site] == {rows} or (site.kind is SiteKind.KEY_VALUE and self.packed):
+                reaches[site] = Reach.TOKENS
+            elif listed and rows in forward.rows[site] and site.kind is not SiteKind.EMBEDDING:
+                reaches[site] = Reach.SHARED
+        return reaches
+
+    def _site_specs(self, classifier: ClassifierSpec | None) -> dict[Site, SiteSpec]:
+        # A pooler that the family's classifiers do not have is no target of adapters that were trained in one.
+        pools = classifier is None or classifier.pooling is Pooling.POOLER
+        specs = {
+            site: replace(attachment.spec, reach=self._reaches[site])
+            for site, attachment in self._attachments.items()
+            if site in self._reaches and (pools or self._reaches[site] is not Reach.TEXTS)
+        }
+        return specs | dict([encoder_output(self.model.config)])
 
     def _probe(self, length: int) -> Encoding:
         """A text of arbitrary ordinary tokens."""
@@ -269,20 +478,37 @@ class _Recorder(AdapterPlan):
         super().__init__(())
         self.rows: defaultdict[Site, set[int]] = defaultdict(set)
 
-    def apply(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
+    def acts_at(self, site: Site) -> bool:
+        return True
+
+    def apply(self, site: Site, x: Tensor, y: Tensor, h: Tensor | None = None) -> Tensor:
         self.rows[site].add(y.shape[0])
         return y
 
 
-def _present(targets: Iterable[str], sites: Iterable[Site]) -> tuple[str, ...]:
-    """The targets that name a site here. DeBERTa-v3's query projection also maps distances, so it is none."""
-    return tuple(target for target in targets if any(site.is_target(target) for site in sites))
+def _similar(indices: Iterable[int], lengths: Sequence[int]) -> list[list[int]]:
+    """Groups of texts whose padding wastes little."""
+    chunks: list[list[int]] = []
+    shortest = 0
+    for index in sorted(indices, key=lengths.__getitem__):
+        if not chunks or lengths[index] > PADDING_WASTE * shortest:
+            chunks.append([])
+            shortest = lengths[index]
+        chunks[-1].append(index)
+    return chunks
 
 
-def _slides(model: PreTrainedModel) -> bool:
-    """Sliding-window layers need a mask that packing does not make."""
-    layers = getattr(model.config, "layer_types", None) or ()
-    return getattr(model.config, "sliding_window", None) is not None or "sliding_attention" in layers
+def _without_hooks(module: nn.Module) -> nn.Module:
+    """The same parameters, and a call that runs no hooks."""
+    bare = copy(module)
+    bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+    return bare
+
+
+def _path(model: nn.Module, wanted: nn.Module) -> str:
+    """Where a module lies in the model."""
+    name: str = next(name for name, module in model.named_modules() if module is wanted)
+    return name
 
 
 def _max_tokens(model: PreTrainedModel) -> int:

@@ -1,84 +1,283 @@
 """Where adapters touch each architecture: the only file that names an architecture's modules."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
 
-from server.core import Pooling, Site, SiteKind
+from server.core import ENCODER_INPUT, ENCODER_OUTPUT, ClassifierSpec, Pooling, Site, SiteKind, SiteSpec
+
+Config = Any  # a PretrainedConfig, whose fields differ by family
+
+
+@dataclass(frozen=True, slots=True)
+class SubLayer:
+    """The attention or the feed-forward network of a layer. Paths are relative to the layer."""
+
+    stream: str
+    """A module whose input is the residual stream that the sub-layer's output is added to."""
+    output: str
+    """The linear layer that puts the sub-layer's output out."""
+    norm: str | None = None
+    """The normalization of the sum, where one follows it at once (post-LN)."""
+    swapped: bool = False
+    """AdapterHub's adapters take the output for the stream and the stream for the output here."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """Module paths of one architecture. `{}` stands for the layer's number."""
+    """Module paths of one architecture."""
 
-    attention_output: str
-    """The linear layer whose output, the attention's, joins the residual stream."""
-    ffn_output: str
-    """The same for the feed-forward network."""
-    targets: tuple[str, ...]
-    """The attention's query and value projections: where LoRA goes by default."""
-    classifier_pooling: Pooling | None = None
-    """Set where transformers' sequence classifier is one linear layer on this pooling."""
+    layer: str
+    """Path of a layer; `{}` stands for numbers."""
+    attention: SubLayer
+    ffn: SubLayer
+    keys_values: str
+    """The module, relative to the layer, that calls transformers' attention function."""
+    read: str
+    """A linear layer, relative to the layer, whose input is what the attention reads."""
+    embeddings: str
+    """The module whose output enters the first layer."""
+    targets: Mapping[str, tuple[str, ...]]
+    """BackboneSpec.targets."""
+    classifier: Callable[[Config], ClassifierSpec]
+    """The head of transformers' `...ForSequenceClassification`."""
     positions_after_padding: bool = False
     """Position ids start after `pad_token_id` instead of at 0."""
 
 
+def _head(pooling: Pooling, dense: str | None = None, activation: str = "tanh", output: str = "classifier") -> Any:
+    return lambda config: ClassifierSpec(pooling, output, dense, activation=activation)
+
+
+def _score(config: Config) -> ClassifierSpec:
+    return ClassifierSpec(Pooling.LAST, "score", bias=False)
+
+
+def _modernbert_head(config: Config) -> ClassifierSpec:
+    return ClassifierSpec(
+        Pooling(config.classifier_pooling),
+        "classifier",
+        "head.dense",
+        dense_bias=config.classifier_bias,
+        activation=config.classifier_activation,
+        norm="head.norm",
+        norm_eps=config.norm_eps,
+    )
+
+
+def _deberta_head(config: Config) -> ClassifierSpec:
+    return ClassifierSpec(Pooling.CLS, "classifier", "pooler.dense", activation=config.pooler_hidden_act)
+
+
+_POOLED = _head(Pooling.POOLER)
+_DENSE_OUT = _head(Pooling.CLS, "classifier.dense", "tanh", "classifier.out_proj")
+
 BERT = Family(
-    attention_output="encoder.layer.{}.attention.output.dense",
-    ffn_output="encoder.layer.{}.output.dense",
-    targets=("query", "value"),
-    classifier_pooling=Pooling.POOLER,
+    layer="encoder.layer.{}",
+    attention=SubLayer("attention.self.value", "attention.output.dense", "attention.output.LayerNorm"),
+    ffn=SubLayer("intermediate.dense", "output.dense", "output.LayerNorm"),
+    keys_values="attention.self",
+    read="attention.self.value",
+    embeddings="embeddings",
+    targets={
+        "query": ("query",),
+        "key": ("key",),
+        "value": ("value",),
+        "intermediate": ("intermediate.dense",),
+        "output": ("output.dense",),
+    },
+    classifier=_POOLED,
 )
-ROBERTA = Family(
-    attention_output=BERT.attention_output,
-    ffn_output=BERT.ffn_output,
-    targets=BERT.targets,
-    positions_after_padding=True,
+ROBERTA = replace(BERT, classifier=_DENSE_OUT, positions_after_padding=True)
+LLAMA = Family(
+    layer="layers.{}",
+    attention=SubLayer("input_layernorm", "self_attn.o_proj"),
+    ffn=SubLayer("post_attention_layernorm", "mlp.down_proj"),
+    keys_values="self_attn",
+    read="self_attn.v_proj",
+    embeddings="embed_tokens",
+    targets={
+        "query": ("q_proj",),
+        "key": ("k_proj",),
+        "value": ("v_proj",),
+        "intermediate": ("up_proj",),
+        "output": ("down_proj",),
+    },
+    classifier=_score,
 )
 
 FAMILIES: dict[str, Family] = {
     "bert": BERT,
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
-    "electra": Family(
-        attention_output=BERT.attention_output,
-        ffn_output=BERT.ffn_output,
-        targets=BERT.targets,
-    ),
+    "camembert": ROBERTA,
+    "electra": replace(BERT, classifier=_head(Pooling.CLS, "classifier.dense", "gelu", "classifier.out_proj")),
     "distilbert": Family(
-        attention_output="transformer.layer.{}.attention.out_lin",
-        ffn_output="transformer.layer.{}.ffn.lin2",
-        targets=("q_lin", "v_lin"),
+        layer="transformer.layer.{}",
+        attention=SubLayer("attention.v_lin", "attention.out_lin", "sa_layer_norm"),
+        ffn=SubLayer("ffn.lin1", "ffn.lin2", "output_layer_norm"),
+        keys_values="attention",
+        read="attention.v_lin",
+        embeddings="embeddings",
+        targets={
+            "query": ("q_lin",),
+            "key": ("k_lin",),
+            "value": ("v_lin",),
+            "intermediate": ("lin1",),
+            "output": ("lin2",),
+        },
+        classifier=_head(Pooling.CLS, "pre_classifier", "relu"),
     ),
-    "mpnet": Family(
-        attention_output="encoder.layer.{}.attention.attn.o",
-        ffn_output="encoder.layer.{}.output.dense",
-        targets=("attn.q", "attn.v"),
-        positions_after_padding=True,
+    "albert": replace(
+        BERT,
+        layer="encoder.albert_layer_groups.{}.albert_layers.{}",  # run through several times
+        attention=SubLayer("attention.value", "attention.dense", "attention.LayerNorm", swapped=True),
+        ffn=SubLayer("ffn", "ffn_output", "full_layer_layer_norm"),
+        keys_values="attention",
+        read="attention.value",
+        targets={
+            "query": ("query",),
+            "key": ("key",),
+            "value": ("value",),
+            "intermediate": ("ffn",),
+            "output": ("ffn_output",),
+        },
     ),
-    "deberta-v2": Family(
-        attention_output=BERT.attention_output,
-        ffn_output=BERT.ffn_output,
-        targets=("query_proj", "value_proj"),
+    "mpnet": replace(
+        ROBERTA,
+        attention=SubLayer("attention.attn.v", "attention.attn.o", "attention.LayerNorm"),
+        keys_values="attention.attn",
+        read="attention.attn.v",
+        targets={
+            "query": ("attn.q",),
+            "key": ("attn.k",),
+            "value": ("attn.v",),
+            "intermediate": ("intermediate.dense",),
+            "output": ("output.dense",),
+        },
     ),
+    "deberta-v2": replace(
+        BERT,
+        attention=replace(BERT.attention, stream="attention.self.value_proj"),
+        read="attention.self.value_proj",
+        targets={
+            "query": ("query_proj",),
+            "key": ("key_proj",),
+            "value": ("value_proj",),
+            "intermediate": ("intermediate.dense",),
+            "output": ("output.dense",),
+        },
+        classifier=_deberta_head,
+    ),
+    "modernbert": Family(
+        layer="layers.{}",
+        attention=SubLayer("attn_norm", "attn.Wo"),
+        ffn=SubLayer("mlp_norm", "mlp.Wo"),
+        keys_values="attn",
+        read="attn.Wqkv",
+        embeddings="embeddings",
+        targets={"query_key_value": ("Wqkv",), "intermediate": ("mlp.Wi",), "output": ("mlp.Wo",)},
+        classifier=_modernbert_head,
+    ),
+    "gpt2": Family(
+        layer="h.{}",
+        attention=SubLayer("ln_1", "attn.c_proj"),
+        ffn=SubLayer("ln_2", "mlp.c_proj"),
+        keys_values="attn",
+        read="attn.c_attn",
+        embeddings="drop",
+        targets={"query_key_value": ("c_attn",), "intermediate": ("mlp.c_fc",), "output": ("mlp.c_proj",)},
+        classifier=_score,
+    ),
+    "llama": LLAMA,
+    "qwen3": LLAMA,
 }
-"""By transformers' `model_type`. A family that is not listed is served with linear methods, found by module name."""
+"""By transformers' `model_type`. A family that is not listed is served with methods that act at linear layers and
+embeddings, found by the kind of module."""
 
 
-def find_sites(model: nn.Module, config: PretrainedConfig) -> dict[Site, tuple[nn.Module, int, int]]:
-    """Every place of a model that may be a site: its module and the sizes of its input and output."""
-    sites: dict[Site, tuple[nn.Module, int, int]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            sites[Site(SiteKind.LINEAR, name)] = (module, module.in_features, module.out_features)
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """How a site is attached to the model."""
+
+    module: nn.Module
+    """The module whose input or output passes the site; at key_value sites, the one that calls the attention."""
+    spec: SiteSpec
+    stream: nn.Module | None = field(default=None)
+    """At a residual site, a module whose input is the residual stream; at a key_value site, one whose input is what
+    the attention reads."""
+    norm: nn.Module | None = field(default=None)
+    """At a residual site: the normalization of the sum, if it follows at once."""
+    swapped: bool = False
+    """At a residual site: adapters take stream and output for each other."""
+
+
+def find_sites(model: nn.Module, config: PretrainedConfig) -> dict[Site, Attachment]:
+    """Every place of a model that may be a site, in the model's order; ENCODER_OUTPUT is no module's."""
     family = FAMILIES.get(config.model_type)
+    sites: dict[Site, Attachment] = {}
+    for name, module in model.named_modules():
+        sites |= {Site(kind, name): Attachment(module, spec) for kind, spec in _kinds(module, norms=family is not None)}
     if family is not None:
-        for layer in range(config.num_hidden_layers):
-            for place, path in (("attention", family.attention_output), ("ffn", family.ffn_output)):
-                module = model.get_submodule(path.format(layer))
-                sites[Site(SiteKind.RESIDUAL, f"{layer}.{place}")] = (module, config.hidden_size, config.hidden_size)
+        sites |= _of_family(family, model, config)
     return sites
+
+
+def _kinds(module: nn.Module, *, norms: bool) -> Iterator[tuple[SiteKind, SiteSpec]]:
+    """What a single module is a site of."""
+    bias = getattr(module, "bias", None) is not None
+    if isinstance(module, nn.Linear | Conv1D):
+        size_in, size_out = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
+        yield SiteKind.LINEAR, SiteSpec(size_in, size_out, bias)
+        yield SiteKind.LINEAR_INPUT, SiteSpec(size_in, size_in)
+    elif isinstance(module, nn.Embedding):
+        yield SiteKind.EMBEDDING, SiteSpec(module.num_embeddings, module.embedding_dim)
+    elif norms and (isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")):
+        (size,) = module.get_parameter("weight").shape
+        yield SiteKind.NORM, SiteSpec(size, size, bias)
+
+
+def _of_family(family: Family, model: nn.Module, config: Config) -> dict[Site, Attachment]:
+    hidden = SiteSpec(config.hidden_size, config.hidden_size)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys_values = SiteSpec(config.hidden_size, heads * head_size)
+    sites: dict[Site, Attachment] = {}
+    for index, path in enumerate(layer_paths(model, config)):
+        layer = model.get_submodule(path)
+        for place, sub in (("attention", family.attention), ("ffn", family.ffn)):
+            sites[Site(SiteKind.RESIDUAL, f"{index}.{place}")] = Attachment(
+                layer.get_submodule(sub.output),
+                hidden,
+                stream=layer.get_submodule(sub.stream),
+                norm=layer.get_submodule(sub.norm) if sub.norm else None,
+                swapped=sub.swapped,
+            )
+        sites[Site(SiteKind.KEY_VALUE, str(index))] = Attachment(
+            layer.get_submodule(family.keys_values), keys_values, stream=layer.get_submodule(family.read)
+        )
+    size = getattr(config, "embedding_size", None) or config.hidden_size
+    sites[ENCODER_INPUT] = Attachment(model.get_submodule(family.embeddings), SiteSpec(size, size))
+    return sites
+
+
+def layer_paths(model: nn.Module, config: PretrainedConfig) -> tuple[str, ...]:
+    """The paths of a listed family's layers, in order."""
+    family = FAMILIES.get(config.model_type)
+    if family is None:
+        return ()
+    pattern = re.compile(re.escape(family.layer).replace(r"\{\}", r"\d+"))
+    return tuple(name for name, _ in model.named_modules() if pattern.fullmatch(name))
+
+
+def encoder_output(config: PretrainedConfig) -> tuple[Site, SiteSpec]:
+    """The states that leave the last layer: a site of every family."""
+    return ENCODER_OUTPUT, SiteSpec(config.hidden_size, config.hidden_size)
 
 
 def first_position(config: PretrainedConfig) -> int:

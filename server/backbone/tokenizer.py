@@ -44,30 +44,36 @@ class Tokenizer:
             raise BackboneError(f"no tokenizer can be loaded from {source!r}: it has no vocabulary")
         return cls(fast, min(max_tokens, loaded.model_max_length))
 
-    def encode(self, texts: Sequence[str], *, truncate: bool) -> list[Encoding]:
+    def encode(self, texts: Sequence[str], *, truncate: bool, reserved: int = 0) -> list[Encoding]:
         """Token ids with special tokens. Where a text is too long it is cut, or TooLarge names its index.
+
+        `reserved` positions are not the text's: its adapter takes them.
 
         A text that comes to no token at all, as an empty one does where the tokenizer adds no special tokens, is an
         InvalidRequest.
         """
         encodings = []
+        room = self._room - reserved
         for index, raw in enumerate(self._raw(texts, truncate)):
-            truncated = len(raw.ids) > self._room
+            truncated = len(raw.ids) > room
             if truncated:
                 if not truncate:
-                    length = len(raw.ids) + self.max_tokens - self._room
+                    special = self.max_tokens - self._room
                     raise TooLarge(
-                        f"the text has {length} tokens, the backbone takes {self.max_tokens}; shorten it or send "
-                        "truncate: true",
+                        f"the text has {len(raw.ids) + special} tokens, {self._taker(reserved)} {room + special}; "
+                        "shorten it or send truncate: true",
                         param=f"inputs.{index}",
                         code="text_too_long",
                     )
-                raw.truncate(self._room)
+                raw.truncate(room)
             whole = self._fast.post_process(raw)
             if not whole.ids:
                 raise InvalidRequest("the text has no tokens", param=f"inputs.{index}")
             encodings.append(Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated))
         return encodings
+
+    def _taker(self, reserved: int) -> str:
+        return "the backbone with this adapter takes" if reserved else "the backbone takes"
 
     def _raw(self, texts: Sequence[str], truncate: bool) -> list[RawEncoding]:
         """Tokens without special ones. Of a long text that will be cut, only the beginning is tokenized if it does."""

@@ -16,7 +16,7 @@ from server.engine.residency import Residency
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Worker
-from server.errors import CorruptVersion, InvalidAdapter, NotFiniteOutput, TooLarge, UnservableAdapter
+from server.errors import CorruptVersion, InvalidAdapter, NotFiniteOutput, TooLarge, UnservableAdapter, WrongTask
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
@@ -123,6 +123,11 @@ class Engine:
         """One prediction per input, from the version that serves when the request arrives."""
         release, version = await self._catalog.serving(request.adapter)
         adapter = await self._residency.get(request.adapter, version)
+        if not adapter.task.classifies:
+            raise WrongTask(
+                f"adapter {request.adapter!r} does {adapter.task.name}, which /classify does not answer",
+                param="adapter",
+            )
         scores = len(request.inputs) * min(request.top_k or len(adapter.labels), len(adapter.labels))
         if scores > MAX_SCORES:
             raise TooLarge(
@@ -131,7 +136,7 @@ class Engine:
                 param="top_k",
                 code="too_many_scores",
             )
-        texts = await self._tokenize(request.inputs, truncate=request.truncate)
+        texts = await self._tokenize(request.inputs, adapter, truncate=request.truncate)
         predictions = await self._run([Row(text, adapter, request.top_k) for text in texts])
         tokens = sum(map(len, texts))
         self._metrics.texts.labels(request.adapter).inc(len(texts))
@@ -154,7 +159,7 @@ class Engine:
         """
         check_name(name)
         files = await self._in_store_pool(partial(gather, uploads, self._max_upload_bytes))
-        artifact = await self._in_store_pool(partial(read_checkpoint, files, labels, self.spec))
+        artifact = await self._in_store_pool(partial(read_checkpoint, files, labels, self._backbone))
         adapter = await self._in_store_pool(partial(loading.build, artifact, self._backbone))
         await self._prove(artifact, adapter)
         version = artifact.version
@@ -210,7 +215,7 @@ class Engine:
     async def _prove(self, artifact: Artifact, adapter: TaskAdapter) -> None:
         """Runs the golden sample, or at least a smoke test, through the very path that requests take."""
         golden = artifact.manifest.golden
-        texts = await self._tokenize(golden.texts if golden else loading.SMOKE_TEXTS, truncate=True)
+        texts = await self._tokenize(golden.texts if golden else loading.SMOKE_TEXTS, adapter, truncate=True)
         try:
             outputs = await self._run([Row(text, adapter, raw=True) for text in texts])
         except NotFiniteOutput as error:
@@ -223,8 +228,9 @@ class Engine:
     async def _run(self, rows: list[Row]) -> list[Any]:
         return await asyncio.wrap_future(self._worker.submit(rows).future)
 
-    async def _tokenize(self, texts: Sequence[str], *, truncate: bool) -> list[Encoding]:
-        encode = partial(self._backbone.tokenizer.encode, texts, truncate=truncate)
+    async def _tokenize(self, texts: Sequence[str], adapter: TaskAdapter, *, truncate: bool) -> list[Encoding]:
+        reserved = adapter.weights.framing.positions
+        encode = partial(self._backbone.tokenizer.encode, texts, truncate=truncate, reserved=reserved)
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_pool, encode)
 
     async def _in_store_pool(self, function: Callable[[], T]) -> T:

@@ -22,13 +22,14 @@ def build(artifact: Artifact, backbone: Backbone) -> TaskAdapter:
     blueprint = Blueprint.check(
         method=manifest.method,
         config=manifest.config,
+        also=[(part.method, part.config) for part in manifest.also],
         task=manifest.task,
         head=manifest.head,
         labels=manifest.labels,
         spec=backbone.spec,
     )
     blueprint.check_tensors(artifact.tensors)
-    return blueprint.bind(artifact.tensors, backbone.device, backbone.dtype)
+    return blueprint.bind(artifact.tensors, backbone)
 
 
 def check_golden(golden: Golden, outputs: Sequence[Sequence[float]], dtype: str) -> None:

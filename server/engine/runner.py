@@ -6,12 +6,14 @@ from itertools import groupby
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone
 from server.core import Encoding
 from server.errors import NotFiniteOutput
 from server.tasks.adapter import TaskAdapter
+from server.tasks.base import Outputs
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,11 @@ class Row:
     """Labels wanted, the best ones; all of them if None."""
     raw: bool = False
     """Wants the head's raw outputs, a list of floats, instead of a prediction."""
+
+    @property
+    def tokens(self) -> int:
+        """Rows that it takes in a forward: the text's tokens and its adapter's virtual ones."""
+        return len(self.text) + self.adapter.weights.framing.virtual_tokens
 
     @property
     def run(self) -> tuple[str, int, bool, int]:
@@ -42,7 +49,7 @@ class Runner:
     def run(self, rows: Sequence[Row]) -> list[Any]:
         """One answer per row, in the rows' order. Raises if any of them cannot be computed."""
         answers: list[Any] = [None] * len(rows)
-        for chunk in self._backbone.chunks([len(row.text) for row in rows]):
+        for chunk in self._backbone.chunks([row.text for row in rows], [row.adapter.weights for row in rows]):
             order = sorted(chunk, key=lambda index: rows[index].run)
             for index, answer in zip(order, self._run([rows[index] for index in order]), strict=True):
                 answers[index] = answer
@@ -62,9 +69,14 @@ class Runner:
         outputs = [row.adapter.task.apply(row.adapter.head, states, first, end) for row, first, end in runs]
         answers: list[Any] = []
         for (row, _, _), output in zip(runs, outputs, strict=True):
-            values = output.float().cpu()
-            if not bool(torch.isfinite(values).all()):
+            values = _fetched(output)
+            if not bool(torch.isfinite(values if isinstance(values, Tensor) else torch.cat(values)).all()):
                 raise NotFiniteOutput("the adapter's outputs are not finite for this text")
             decode = row.adapter.task.decode
-            answers += values.tolist() if row.raw else decode(values, row.adapter.labels, row.top_k)
+            answers += [text.tolist() for text in values] if row.raw else decode(values, row.adapter.labels, row.top_k)
         return answers
+
+
+def _fetched(outputs: Outputs) -> Outputs:
+    """As float32 on the CPU."""
+    return outputs.float().cpu() if isinstance(outputs, Tensor) else [text.float().cpu() for text in outputs]

@@ -54,8 +54,8 @@ class QueuedRow:
 
     @property
     def tokens(self) -> int:
-        """Length of the text."""
-        return len(self.row.text)
+        """Its share of a batch."""
+        return self.row.tokens
 
     @property
     def abandoned(self) -> bool:

@@ -2,7 +2,7 @@
 
 from server.tasks.base import AnyTask
 from server.tasks.classification import Classification
+from server.tasks.multi_label import MultiLabelClassification
+from server.tasks.tagging import Tagging
 
-TASKS: dict[str, AnyTask] = {
-    "classification": Classification(),
-}
+TASKS: dict[str, AnyTask] = {task.name: task for task in (Classification(), MultiLabelClassification(), Tagging())}

@@ -9,19 +9,12 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from server.adapters import METHODS
-from server.adapters.base import (
-    AdapterWeights,
-    Method,
-    MethodConfig,
-    bind_tensors,
-    check_tensors,
-    init_tensors,
-    tensor_shapes,
-)
+from server.adapters.base import AdapterWeights, Framing, Host, Method, MethodConfig, Part, check_tensors
 from server.core import BackboneSpec
 from server.errors import InvalidAdapter
 from server.tasks import TASKS
-from server.tasks.base import HEAD, AnyTask, HeadConfig
+from server.tasks.base import AnyTask
+from server.tasks.head import HEAD, HeadConfig
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -43,8 +36,7 @@ class TaskAdapter:
 class Blueprint:
     """An adapter without its numbers, known to fit a backbone."""
 
-    method: Method
-    config: MethodConfig
+    parts: tuple[Part, ...]
     task: AnyTask
     head: HeadConfig
     labels: tuple[str, ...]
@@ -56,51 +48,66 @@ class Blueprint:
         *,
         method: str,
         config: Mapping[str, Any],
+        also: Sequence[tuple[str, Mapping[str, Any]]] = (),
         task: str,
         head: Mapping[str, Any],
         labels: Sequence[str],
         spec: BackboneSpec,
     ) -> "Blueprint":
-        """Names and options to a blueprint. Raises InvalidAdapter naming what is unknown or does not fit."""
-        known_method = _known("method", method, METHODS)
+        """Names and options to a blueprint. `also` are further methods of the same adapter, with their options.
+
+        Raises InvalidAdapter naming what is unknown or does not fit.
+        """
+        parts = [
+            Part(_known("method", name, METHODS), _parsed(field, METHODS[name].Config, options))
+            for field, name, options in (("config", method, config), *(("also", *more) for more in also))
+            if _known("method", name, METHODS)
+        ]
         known_task = _known("task", task, TASKS)
-        blueprint = cls(
-            known_method,
-            _parsed("config", known_method.Config, config),
-            known_task,
-            _parsed("head", known_task.Config, head),
-            tuple(labels),
-            spec,
-        )
+        blueprint = cls(tuple(parts), known_task, _parsed("head", known_task.Config, head), tuple(labels), spec)
         known_task.check(blueprint.head, blueprint.labels, spec)
-        known_method.sites(blueprint.config, spec)
+        names = [name for part in parts for name in part.shapes(spec)]
+        if len(set(names)) < len(names):
+            raise InvalidAdapter("two methods of the adapter have tensors of the same name", param="also")
+        if sum(part.method.framing(part.config) != Framing() for part in parts) > 1:
+            raise InvalidAdapter("two methods of the adapter add virtual tokens", param="also")
         return blueprint
+
+    @property
+    def method(self) -> Method:
+        """The method that names the adapter."""
+        return self.parts[0].method
+
+    @property
+    def config(self) -> MethodConfig:
+        """Its hyperparameters."""
+        return self.parts[0].config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Artifact tensor name -> shape, the head's included."""
-        return tensor_shapes(self.method, self.config, self.spec) | self.task.shapes(self.head, self.labels, self.spec)
+        shapes = {name: shape for part in self.parts for name, shape in part.shapes(self.spec).items()}
+        return shapes | self.task.shapes(self.head, self.labels, self.spec)
 
     def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Refuses any tensor that is missing, unused, misshapen or not finite, by its name."""
         check_tensors(tensors, self.shapes())
 
-    def init(self, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, host: Host, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh float32 tensors for training."""
-        return init_tensors(self.method, self.config, self.spec, generator) | self.task.init(
-            self.head, self.labels, self.spec, generator
-        )
+        tensors = {name: value for part in self.parts for name, value in part.init(host, generator).items()}
+        return tensors | self.task.init(self.head, self.labels, self.spec, generator)
 
-    def bind(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> TaskAdapter:
-        """Prepares checked tensors for a backbone on `device` in `dtype`. Differentiable.
+    def bind(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
+        """Prepares checked tensors for the backbone. Differentiable.
 
         The head stays as precise as it was stored: its outputs are what the caller sees.
         """
         placed = {
-            name: tensor.to(device) if name.startswith(HEAD) else tensor.to(device, dtype)
+            name: tensor.to(host.device) if name.startswith(HEAD) else tensor.to(host.device, host.dtype)
             for name, tensor in tensors.items()
         }
         return TaskAdapter(
-            weights=bind_tensors(self.method, self.config, placed, self.spec),
+            weights=AdapterWeights.of([part.bind(placed, host) for part in self.parts], self.spec),
             task=self.task,
             head=self.task.bind(self.head, placed),
             labels=self.labels,

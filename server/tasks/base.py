@@ -5,21 +5,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from server.adapters.states import TextStates
 from server.core import BackboneSpec, Prediction
+from server.tasks.head import HeadConfig
 
-HEAD = "head/"
-"""Prefix of a head's tensors in the neutral artifact."""
-
-
-class HeadConfig(BaseModel):
-    """Options of a head. An unknown one is an error, never ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
+Outputs = Tensor | list[Tensor]
+"""One entry per text: rows of one tensor, or tensors where the texts have different sizes."""
 
 ConfigT = TypeVar("ConfigT", bound=HeadConfig)
 HeadT = TypeVar("HeadT")
@@ -29,6 +22,8 @@ class Task(ABC, Generic[ConfigT, HeadT]):
     """One kind of task. Stateless: an instance is shared by all adapters of the kind."""
 
     name: ClassVar[str]
+    classifies: ClassVar[bool] = True
+    """Whether its answer is about a text as a whole, as /classify gives it."""
     Config: ClassVar[type[HeadConfig]]
 
     @abstractmethod
@@ -50,15 +45,15 @@ class Task(ABC, Generic[ConfigT, HeadT]):
         """Prepares a head's tensors for `apply`. Differentiable."""
 
     @abstractmethod
-    def apply(self, head: HeadT, states: TextStates, start: int, end: int) -> Tensor:
-        """Raw outputs for the texts start..end of a batch, one row each. Pure and differentiable."""
+    def apply(self, head: HeadT, states: TextStates, start: int, end: int) -> Outputs:
+        """Raw outputs for the texts start..end of a batch, one entry each. Pure and differentiable."""
 
     @abstractmethod
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """The scalar that training minimizes."""
 
     @abstractmethod
-    def decode(self, outputs: Tensor, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
+    def decode(self, outputs: Any, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
         """Raw outputs as answers, one per text, each with at most `top_k` labels."""
 
 

@@ -1,4 +1,4 @@
-"""Single-label classification of texts: one linear layer on a pooled vector, softmax over the labels."""
+"""Single-label classification of texts: a head on a pooled vector, softmax over the labels."""
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -10,23 +10,22 @@ from torch import Tensor
 from server.adapters.states import TextStates
 from server.core import BackboneSpec, LabelScore, Pooling, Prediction
 from server.errors import InvalidAdapter
-from server.tasks.base import HEAD, HeadConfig, Task
+from server.tasks import head as heads
+from server.tasks.base import Task
+from server.tasks.head import Layers, LayersConfig
 
-WEIGHT, BIAS = f"{HEAD}classifier.weight", f"{HEAD}classifier.bias"
 
-
-class ClassificationConfig(HeadConfig):
-    """`pooling`: the vector that the classifier reads."""
+class ClassificationConfig(LayersConfig):
+    """`pooling`: the vector that the head reads."""
 
     pooling: Pooling = Pooling.MEAN
 
 
 class ClassificationHead(NamedTuple):
-    """A linear layer in float32, whatever the backbone's dtype: it is small, and the scores come from it."""
+    """What is read, and what is made of it."""
 
     pooling: Pooling
-    weight: Tensor  # [labels, hidden]
-    bias: Tensor  # [labels]
+    layers: Layers
 
 
 class Classification(Task[ClassificationConfig, ClassificationHead]):
@@ -34,12 +33,15 @@ class Classification(Task[ClassificationConfig, ClassificationHead]):
 
     name = "classification"
     Config = ClassificationConfig
+    min_labels = 2
 
     def check(self, config: ClassificationConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
-        """At least two labels, and a pooling that the backbone has."""
-        if len(labels) < 2:
+        """Enough labels, and a pooling that the backbone has."""
+        if len(labels) < self.min_labels:
             raise InvalidAdapter(
-                f"classification needs at least 2 labels, not {len(labels)}", param="labels", code="invalid_labels"
+                f"{self.name} needs at least {self.min_labels} labels, not {len(labels)}",
+                param="labels",
+                code="invalid_labels",
             )
         if config.pooling not in spec.poolings:
             raise InvalidAdapter(
@@ -52,31 +54,34 @@ class Classification(Task[ClassificationConfig, ClassificationHead]):
     def shapes(
         self, config: ClassificationConfig, labels: Sequence[str], spec: BackboneSpec
     ) -> dict[str, tuple[int, ...]]:
-        """A weight and a bias."""
-        return {WEIGHT: (len(labels), spec.hidden_size), BIAS: (len(labels),)}
+        """The head's layers, the last with one output per label."""
+        return heads.shapes(config, len(labels), spec)
 
     def init(
         self, config: ClassificationConfig, labels: Sequence[str], spec: BackboneSpec, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """transformers' start for classifiers: normal(0.02) weight, zero bias."""
-        weight = torch.empty(len(labels), spec.hidden_size).normal_(std=0.02, generator=generator)
-        return {WEIGHT: weight, BIAS: torch.zeros(len(labels))}
+        """transformers' start for classifiers."""
+        return heads.init(config, len(labels), spec, generator)
 
     def bind(self, config: ClassificationConfig, tensors: Mapping[str, Tensor]) -> ClassificationHead:
         """The tensors as float32."""
-        return ClassificationHead(config.pooling, tensors[WEIGHT].float(), tensors[BIAS].float())
+        return ClassificationHead(config.pooling, heads.bind(config, tensors))
 
     def apply(self, head: ClassificationHead, states: TextStates, start: int, end: int) -> Tensor:
         """Logits [texts, labels]."""
-        return F.linear(states.pooled(head.pooling)[start:end], head.weight, head.bias)
+        return head.layers(states.pooled(head.pooling)[start:end])
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy; `targets` [texts] are label indices."""
         return F.cross_entropy(outputs, targets)
 
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Logits [texts, labels] as probabilities."""
+        return outputs.float().softmax(-1)
+
     def decode(self, outputs: Tensor, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
-        """Softmax over [texts, labels], best label first; equal scores keep the order of the labels."""
-        scores, order = outputs.float().softmax(-1).sort(dim=-1, descending=True, stable=True)
+        """The labels of each row of [texts, labels], best first; equal scores keep the order of the labels."""
+        scores, order = self.scores(outputs).sort(dim=-1, descending=True, stable=True)
         scores, order = scores[:, :top_k], order[:, :top_k]
         return [
             [LabelScore(labels[i], score) for i, score in zip(indices, row, strict=True)]

@@ -90,7 +90,7 @@ def train(options: TrainOptions) -> TrainResult:
     # Whatever it was trained in, its outputs are recorded as precisely as can be.
     if backbone.dtype != torch.float32:
         backbone = Backbone.load(options.backbone, device=options.device, dtype="float32")
-    adapter = blueprint.bind(tensors, backbone.device, backbone.dtype)
+    adapter = blueprint.bind(tensors, backbone)
     measured = measure(backbone, adapter, test) if test else None
     artifact = Artifact.build(_manifest(options, data, blueprint, measured, _golden(backbone, adapter)), tensors)
 
@@ -109,7 +109,7 @@ def _release(store: AdapterStore, name: str, version: str, note: str) -> Release
     return store.release(name, version, by="adapterd train", note=note)
 
 
-def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Tensor:
+def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Any:
     """Raw outputs of one adapter for texts in one batch, one row each. Differentiable."""
     states = backbone.forward(texts, AdapterPlan([Segment(adapter.weights, 0, len(texts))]))
     return adapter.task.apply(adapter.head, states, 0, len(texts))
@@ -135,7 +135,8 @@ def fit(
     targets = torch.tensor([index[label] for label in data.labels], device=backbone.device)
     # All randomness comes from here: which tensors to start from and which texts share a step.
     generator = torch.Generator().manual_seed(options.seed)
-    tensors = {name: tensor.to(backbone.device).requires_grad_() for name, tensor in blueprint.init(generator).items()}
+    fresh = blueprint.init(backbone, generator)
+    tensors = {name: tensor.to(backbone.device).requires_grad_() for name, tensor in fresh.items()}
     optimizer = torch.optim.AdamW(tensors.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
     steps = options.epochs * -(-len(texts) // options.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
@@ -145,7 +146,7 @@ def fit(
             total = 0.0
             for batch in torch.split(torch.randperm(len(texts), generator=generator), options.batch_size):
                 # anew at each step, since binding prepares copies of the tensors that the last step has changed
-                adapter = blueprint.bind(tensors, backbone.device, backbone.dtype)
+                adapter = blueprint.bind(tensors, backbone)
                 rows = outputs(backbone, adapter, [texts[i] for i in batch.tolist()])
                 loss = blueprint.task.loss(rows, targets[batch])
                 optimizer.zero_grad()
@@ -168,9 +169,9 @@ def fit(
 
 
 def _config(options: TrainOptions, spec: BackboneSpec) -> dict[str, Any]:
-    """The method's options, with those that it takes from the backbone where none are given."""
+    """The method's options, with what it takes from the backbone."""
     method = METHODS.get(options.method)
-    return {**(method.defaults(spec) if method else {}), **options.config}
+    return method.complete(options.config, spec) if method else options.config
 
 
 def _tokenizer(options: TrainOptions, backbone: Backbone) -> Tokenizer:

@@ -1,0 +1,49 @@
+"""What LoHa and LoKr have in common: a rank, an alpha, and PEFT's patterns for both."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from server.adapters.targets import TargetConfig, per_target, select
+from server.core import BackboneSpec, Site
+
+
+class LycorisConfig(TargetConfig):
+    """PEFT's names."""
+
+    r: int = Field(8, ge=1)
+    alpha: float = Field(8, gt=0, allow_inf_nan=False)
+    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    """Module paths whose rank is another one."""
+    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    """Module paths whose alpha is another one."""
+
+    def rank(self, site: Site) -> int:
+        """r at a site."""
+        return max(1, self.rank_pattern.get(site.name, self.r))
+
+    def scale(self, site: Site) -> float:
+        """What the update is multiplied by."""
+        return self.alpha_pattern.get(site.name, self.alpha) / self.rank(site)
+
+
+def complete(options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
+    """PEFT's selectors and patterns resolved; the attention's query and value by default."""
+    targets = spec.named("query", "value") or spec.named("query_key_value")
+    chosen = select({"target_modules": targets or None, **options}, spec)
+    if "target_modules" in chosen:
+        paths = [site.name for site in LycorisConfig(target_modules=chosen["target_modules"]).sites(spec)]
+        for field in ("rank_pattern", "alpha_pattern"):
+            if field in chosen:
+                chosen[field] = per_target(chosen, field, paths, spec)
+    return {name: value for name, value in chosen.items() if value is not None}
+
+
+def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """torch's default for linear layers, with which PEFT starts these factors."""
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
