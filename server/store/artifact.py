@@ -75,6 +75,13 @@ class Training(_Frozen):
     metrics: dict[str, FiniteFloat] = Field(default_factory=dict)
 
 
+class MorePart(_Frozen):
+    """A further method of the same adapter."""
+
+    method: str
+    config: dict[str, JsonValue]
+
+
 class Manifest(_Frozen):
     """Everything about an adapter but its numbers. No date and no name: the same content is the same version."""
 
@@ -82,6 +89,8 @@ class Manifest(_Frozen):
     method: str
     config: dict[str, JsonValue]
     """The method's hyperparameters; the method checks them."""
+    also: tuple[MorePart, ...] = Field((), max_length=8)
+    """Further methods that act beside it: biases trained with LoRA, an invertible adapter with bottlenecks."""
     task: str
     head: dict[str, JsonValue] = Field(default_factory=dict)
     """The head's options; the task checks them."""

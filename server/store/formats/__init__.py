@@ -3,16 +3,21 @@
 from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
-from server.core import BackboneSpec
+from server.adapters.base import Host
 from server.errors import InvalidAdapter
 from server.store.artifact import MANIFEST, TENSORS, Artifact
-from server.store.formats import peft
+from server.store.formats import adapterhub, classifier, peft
 from server.store.formats.files import required, required_json
+from server.store.formats.reading import MODEL_CONFIG, read_json
 
-ACCEPTED = f"adapterd ({MANIFEST}, {TENSORS}), PEFT ({peft.CONFIG}, {peft.TENSORS})"
+ACCEPTED = (
+    f"adapterd ({MANIFEST}, {TENSORS}), PEFT ({peft.CONFIG}, {peft.TENSORS}), AdapterHub ({adapterhub.CONFIG}, "
+    f"{adapterhub.TENSORS}, {adapterhub.HEAD_CONFIG}, {adapterhub.HEAD_TENSORS}), a classifier whose body is the "
+    f"backbone ({MODEL_CONFIG}, {classifier.TENSORS})"
+)
 
 
-def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, spec: BackboneSpec) -> Artifact:
+def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -> Artifact:
     """The artifact in a set of files, keyed by path; they may lie in one folder of any name.
 
     `labels` are the uploader's, for checkpoints that do not name them. Raises InvalidAdapter naming the file, tensor
@@ -20,15 +25,20 @@ def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, sp
     """
     paths = [PurePosixPath(path) for path in files]
     anchors = [path for path in paths if path.name in (MANIFEST, peft.CONFIG)]
+    # a whole model's config.json may lie beside an adapter, to name its labels
+    anchors = anchors or [path for path in paths if path.name == MODEL_CONFIG]
     if len(anchors) != 1:
-        seen = f"found several: {', '.join(map(str, anchors))}" if anchors else "found none"
+        seen = f"found several: {', '.join(map(str, anchors))}"[:300] if anchors else "found none"
         raise InvalidAdapter(
             f"exactly one adapter is needed, {seen}; accepted: {ACCEPTED}", param="files", code="unknown_format"
         )
     anchor = anchors[0]
     inside = {path.name: files[str(path)] for path in paths if path.parent == anchor.parent}
+    if anchor.name == MODEL_CONFIG:
+        return classifier.read(inside, labels, host)
     if anchor.name == peft.CONFIG:
-        return peft.read(inside, labels, spec)
+        read = adapterhub.read if adapterhub.recognizes(read_json(inside, peft.CONFIG)) else peft.read
+        return read(inside, labels, host)
     if labels is not None:
         raise InvalidAdapter(f"{MANIFEST} names the labels; leave the field out", param="labels")
     return Artifact.parse(required_json(inside, MANIFEST), required(inside, TENSORS))

@@ -1,194 +1,311 @@
 """PEFT checkpoints, exactly as `save_pretrained` writes them: adapter_config.json and adapter_model.safetensors."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
+import torch
+from torch import Tensor
 
 from server.adapters import METHODS
-from server.adapters.base import check_tensors, tensor_name
-from server.adapters.lora import Lora, LoraConfig
-from server.core import BackboneSpec
+from server.adapters.base import Host, tensor_name
+from server.adapters.targets import SELECTORS
+from server.adapters.vera import Vera, VeraConfig, projections
+from server.core import BackboneSpec, Site, SiteKind
 from server.errors import InvalidAdapter
-from server.store.artifact import Artifact, Labels, Manifest, TrainedOn, invalid_fields, read_tensors
-from server.store.formats.files import required, required_json
+from server.store.artifact import Artifact, read_tensors
+from server.store.formats import heads
+from server.store.formats.files import required
+from server.store.formats.reading import (
+    Checkpoint,
+    by_index,
+    configured,
+    label_names,
+    model_config,
+    problem_task,
+    read_json,
+    refusal,
+    rows,
+)
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-MODEL_CONFIG = "config.json"
-"""The whole model's config, which names the labels, if the uploader adds it."""
+PICKLE = "adapter_model.bin"
 
-ROOT = "base_model.model."
-"""What PEFT puts before the names of the wrapped model."""
+ROOTS = ("base_model.model.", "base_model.")
+"""What PEFT puts before the names of the wrapped model; the second with prompts and prefixes."""
 
-INERT = frozenset(
+ALWAYS_INERT = frozenset(
     {
         "auto_mapping",
         "base_model_name_or_path",
-        "corda_config",
         "ensure_weight_tying",
-        "eva_config",
+        "fan_in_fan_out",  # says how the frozen weight is stored
         "inference_mode",
-        "init_lora_weights",
-        "loftq_config",
-        "lora_dropout",
-        "lora_ga_config",
-        "megatron_config",
-        "megatron_core",
-        "modules_to_save",
+        "modules_to_save",  # their tensors are in the checkpoint
+        "monteclora_config",
         "peft_type",
         "peft_version",
-        "qalora_group_size",
         "revision",
-        "runtime_config",
         "task_type",
     }
 )
-"""Fields of LoraConfig that say how it was trained or loaded, and change no output."""
+"""Fields that say how an adapter was trained or loaded, and change no output."""
 
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the backbone as it was. The others (PiSSA, OLoRA, LoftQ, CorDA ...) train
 against a changed backbone, whose outputs the unchanged one cannot give."""
 
+BIASES = ("none", "all", "lora_only", "vera_only")
 
-def read(files: Mapping[str, bytes], labels: Sequence[str] | None, spec: BackboneSpec) -> Artifact:
+
+@dataclass(frozen=True, slots=True)
+class PeftType:
+    """How a `peft_type` reads as one of our methods."""
+
+    method: str
+    options: tuple[str, ...]
+    """Fields that are options of the method, under the same names."""
+    inert: frozenset[str] = frozenset()
+    """Fields that change no output, beside ALWAYS_INERT."""
+    handled: tuple[str, ...] = ()
+    """Fields that the reader itself looks at."""
+    given: Callable[[Mapping[str, Any]], dict[str, Any]] = lambda options: {}
+    """Options of ours that this type means without saying so."""
+
+
+_LYCORIS = frozenset({"rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "init_weights"})
+_PROMPTED = frozenset(
+    {"token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers", "encoder_hidden_size"}
+)
+
+TYPES: dict[str, PeftType] = {
+    "LORA": PeftType(
+        "lora",
+        (*SELECTORS, "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "lora_bias"),
+        frozenset(
+            {
+                "corda_config",
+                "eva_config",
+                "loftq_config",
+                "lora_dropout",
+                "lora_ga_config",
+                "megatron_config",
+                "megatron_core",
+                "qalora_group_size",
+                "runtime_config",
+                "velora_config",
+            }
+        ),
+        ("use_dora", "bias", "init_lora_weights"),
+    ),
+    "VERA": PeftType(
+        "vera",
+        (*SELECTORS, "r", "projection_prng_key", "save_projection", "d_initial"),
+        frozenset({"vera_dropout", "init_weights"}),
+        ("bias",),
+    ),
+    "LOHA": PeftType("loha", (*SELECTORS, "r", "alpha", "rank_pattern", "alpha_pattern"), _LYCORIS),
+    "LOKR": PeftType(
+        "lokr",
+        (*SELECTORS, "r", "alpha", "rank_pattern", "alpha_pattern", "decompose_both", "decompose_factor"),
+        _LYCORIS,
+    ),
+    "IA3": PeftType(
+        "ia3", ("target_modules", "exclude_modules", "feedforward_modules"), frozenset({"init_ia3_weights"})
+    ),
+    "LN_TUNING": PeftType("ln_tuning", ("target_modules", "exclude_modules")),
+    "PREFIX_TUNING": PeftType(
+        "prefix_tuning",
+        ("num_virtual_tokens",),
+        _PROMPTED | {"prefix_projection", "init_weights"},  # what is stored has been projected already
+        given=lambda options: {"position_shift": True},
+    ),
+    "PROMPT_TUNING": PeftType(
+        "prompt_tuning",
+        ("num_virtual_tokens",),
+        _PROMPTED | {"prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs"},
+    ),
+    "P_TUNING": PeftType(
+        "p_tuning",
+        ("num_virtual_tokens",),
+        _PROMPTED | {"encoder_reparameterization_type", "encoder_num_layers", "encoder_dropout"},
+        given=lambda options: {"encoder_reparameterization_type": None},  # what is stored has been through it already
+    ),
+}
+"""By `peft_type`. A field that is neither an option, nor handled, nor inert must be unset."""
+
+SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias": "lora_B.bias"}
+"""Parameters that PEFT names otherwise."""
+
+
+def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -> Artifact:
     """The artifact of a PEFT folder. Every tensor of it is consumed, or refused by the name that it has there."""
-    options = _json(files, CONFIG)
-    if TENSORS not in files and "adapter_model.bin" in files:
+    spec = host.spec
+    options = read_json(files, CONFIG)
+    if TENSORS not in files and PICKLE in files:
         raise InvalidAdapter(
-            "adapter_model.bin is a pickle, which this server does not open; save the adapter with "
-            "save_pretrained(..., safe_serialization=True)",
-            param="adapter_model.bin",
+            f"{PICKLE} is a pickle, which this server does not open; make it {TENSORS} with `adapterd convert "
+            "SOURCE_FOLDER TARGET_FOLDER`, or save the adapter with save_pretrained(..., safe_serialization=True)",
+            param=PICKLE,
             code="bad_file",
         )
-    tensors = read_tensors(TENSORS, required(files, TENSORS))
-    method = Lora()
-    config = _config(options, spec)
-    if spec.classifier_pooling is None:
-        raise InvalidAdapter(
-            f"sequence classification heads of {spec.model_type!r} models are not supported, only those of one linear "
-            "layer",
-            param="task_type",
-            code="unsupported_head",
-        )
-    model = _json(files, MODEL_CONFIG) if MODEL_CONFIG in files else {}
-    if model.get("problem_type") not in (None, "single_label_classification"):
-        raise InvalidAdapter(
-            f"{MODEL_CONFIG}: problem_type = {model['problem_type']!r} is not supported; supported: "
-            "single_label_classification",
-            param="problem_type",
-            code="unsupported_option",
-        )
-    for field, here in (("model_type", spec.model_type), ("hidden_size", spec.hidden_size)):
-        if model.get(field, here) != here:
-            raise InvalidAdapter(
-                f"{MODEL_CONFIG}: {field} is {model[field]!r}, the backbone's is {here!r}",
-                param=field,
-                code="wrong_backbone",
-            )
-    names = _labels(model, labels, tensors.get(f"{ROOT}classifier.weight"))
+    method, config = _method(options, spec)
+    model = model_config(files, spec)
+    task = problem_task(model)
+    checkpoint = Checkpoint(read_tensors(TENSORS, required(files, TENSORS)), host)
+    names = _names(checkpoint, spec)
+    root = next((root for root in ROOTS if any(name.startswith(root) for name in checkpoint.tensors)), ROOTS[0])
+    head = heads.classifier(spec, names, root)
+    outputs = rows(checkpoint.tensors, names.get(f"{head.output}.weight", ""))
+    known = label_names(files, labels, by_index(model, "config.json"), outputs)
 
-    # PEFT's name -> ours, with the shape that the backbone asks for
-    inner = f"{ROOT}{spec.prefix}."
-    if not any(name.startswith(inner) for name in tensors):
-        inner = ROOT
-    ours = {f"{ROOT}classifier.{part}": f"head/classifier.{part}" for part in ("weight", "bias")}
-    shapes: dict[str, tuple[int, ...]] = {
-        f"{ROOT}classifier.weight": (len(names), spec.hidden_size),
-        f"{ROOT}classifier.bias": (len(names),),
-    }
-    for site in method.sites(config, spec):
-        for param, shape in method.shapes(config, site, *spec.sites[site]).items():
-            theirs = f"{inner}{site.name}.{param}.weight"
-            ours[theirs] = tensor_name(site, param)
-            shapes[theirs] = shape
-    check_tensors(tensors, shapes)
-
-    manifest = Manifest(
-        method=method.name,
-        config=config.model_dump(mode="json"),
-        task="classification",
-        head={"pooling": spec.classifier_pooling},
-        labels=names,
-        # PEFT names its base by a path at best; the backbone that this upload is proven on is what it is bound to.
-        backbone=TrainedOn.on(spec),
-        source=f"peft {options.get('peft_version') or 'of unknown version'}",
+    parts = [(method, config)]
+    config |= _take_method(checkpoint, method, config, names)
+    head_config = heads.take(checkpoint, head, names, root)
+    if options.get("bias", "none") != "none" and (biases := _take_biases(checkpoint, names)):
+        parts.append(("bitfit", {"target_modules": biases}))
+    for name, theirs in names.items():
+        if name.startswith("prompt_encoder."):  # what the stored prompt has been through already
+            checkpoint.skip(theirs)
+        # PEFT adds whole embeddings to a checkpoint that targets them
+        if theirs in checkpoint.left and checkpoint.is_frozen(theirs, name):
+            checkpoint.skip(theirs)
+    return checkpoint.finish(
+        parts=parts,
+        task=task,
+        head=head_config,
+        labels=known,
+        source=f"peft {str(options.get('peft_version') or 'of unknown version')[:40]}",
     )
-    return Artifact.build(manifest, {ours[name]: tensor for name, tensor in tensors.items()})
 
 
-def _config(options: Mapping[str, Any], spec: BackboneSpec) -> LoraConfig:
+def _method(options: Mapping[str, Any], spec: BackboneSpec) -> tuple[str, dict[str, Any]]:
     """PEFT's options as ours. One that is set and would change the outputs is known or refused, never ignored."""
-
-    def refuse(option: str, supported: str) -> InvalidAdapter:
-        return InvalidAdapter(
-            f"{CONFIG}: {option} = {options.get(option)!r} is not supported; supported: {supported}",
-            param=option,
-            code="unsupported_option",
-        )
-
-    if options.get("peft_type") != "LORA":
-        raise refuse("peft_type", f"LORA (methods of this server: {', '.join(METHODS)})")
+    kind = TYPES.get(options["peft_type"]) if isinstance(options.get("peft_type"), str) else None
+    if kind is None:
+        raise refusal(CONFIG, options, "peft_type", ", ".join(TYPES))
     if options.get("task_type") not in ("SEQ_CLS", None):
-        raise refuse("task_type", "SEQ_CLS")
+        raise refusal(CONFIG, options, "task_type", "SEQ_CLS")
     if options.get("init_lora_weights", True) not in HARMLESS_INITS:
-        raise refuse("init_lora_weights", "initialisations that leave the backbone as it is")
-    known = set(LoraConfig.model_fields)
-    for option in sorted(options.keys() - known - INERT):
+        raise refusal(CONFIG, options, "init_lora_weights", "initialisations that leave the backbone as it is")
+    if options.get("bias", "none") not in BIASES:
+        raise refusal(CONFIG, options, "bias", ", ".join(BIASES))
+    for option in sorted(options.keys() - set(kind.options) - kind.inert - set(kind.handled) - ALWAYS_INERT):
         if options[option] and options[option] != "none":
-            raise refuse(option, ", ".join(sorted(known)))
-    targets = options.get("target_modules")
-    if not isinstance(targets, list):
-        raise refuse("target_modules", "a list of module names")
-    # PEFT lets targets be listed that match nothing; a tensor of such a one is refused by its name later.
-    paths = [target.removeprefix(f"{spec.prefix}.") for target in targets if isinstance(target, str)]
-    present = [path for path in paths if any(site.is_target(path) for site in spec.sites)]
-    if not present:
+            raise refusal(CONFIG, options, option, ", ".join(sorted({*kind.options, *kind.handled})))
+    method = "dora" if kind.method == "lora" and options.get("use_dora") else kind.method
+    known = METHODS[method].Config.model_fields.keys() | set(SELECTORS)
+    chosen = {name: options[name] for name in kind.options if options.get(name) not in (None, {}, []) and name in known}
+    if options.get("lora_bias") and method == "dora":
+        raise refusal(CONFIG, options, "lora_bias", "false together with use_dora")
+    if kind.options[0] == SELECTORS[0] and "target_modules" not in chosen:
+        raise refusal(CONFIG, options, "target_modules", "a list of module names or a regular expression")
+    return method, configured(CONFIG, method, chosen | kind.given(options), spec)
+
+
+def _names(checkpoint: Checkpoint, spec: BackboneSpec) -> dict[str, str]:
+    """The tensors' names without PEFT's wrappers and the model's prefix -> their names in the file."""
+    names: dict[str, str] = {}
+    for theirs in checkpoint.tensors:
+        root = next((root for root in ROOTS if theirs.startswith(root)), "")
+        name = theirs.removeprefix(root)
+        if ".original_module." in name:  # what a module of modules_to_save was before; PEFT never runs it
+            checkpoint.skip(theirs)
+            continue
+        for wrapper in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
+            name = name.replace(wrapper, ".")
+        name = name.removeprefix(f"{spec.prefix}.")
+        if name in names:
+            checkpoint.same(theirs, names[name])
+        else:
+            names[name] = theirs
+    return names
+
+
+def _take_method(
+    checkpoint: Checkpoint, method: str, config: Mapping[str, Any], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """Takes the method's own tensors; gives options that only the tensors tell."""
+    spec = checkpoint.host.spec
+    kind = METHODS[method]
+    parsed = kind.Config.model_validate(dict(config))
+    if method == "prefix_tuning":
+        _take_prefix(checkpoint, kind.sites(parsed, spec), names.get("prompt_embeddings", "prompt_embeddings"))
+        return {}
+    more = {}
+    if isinstance(kind, Vera):
+        assert isinstance(parsed, VeraConfig)
+        more = _take_projections(checkpoint, kind, parsed, names)
+    for site in kind.sites(parsed, spec):
+        for param, shape in kind.shapes(parsed, site, spec.sites[site]).items():
+            ours = tensor_name(site, param)
+            path = "prompt_embeddings" if param == "prompt" else f"{site.name}.{SUFFIXES.get(param, param)}"
+            if method == "ln_tuning":
+                path = _first(names, f"{site.name}.ln_tuning_layers.{param}", path)
+            theirs = names.get(path, _whole(path, spec))
+            if param == "ia3_l":
+                stored = (1, *shape) if site.kind is SiteKind.LINEAR_INPUT else (*shape, 1)
+                checkpoint.take(theirs, ours, stored, lambda tensor: tensor.flatten())
+            else:
+                checkpoint.take(theirs, ours)
+    return more
+
+
+def _take_prefix(checkpoint: Checkpoint, sites: Sequence[Site], theirs: str) -> None:
+    """One matrix [virtual tokens, layers * 2 * size] holds the keys and values of all layers in turn."""
+    spec = checkpoint.host.spec
+    sizes = [spec.sites[site].size_out for site in sites for _ in range(2)]
+    tensor = checkpoint.use(theirs)
+    if tensor.ndim != 2 or tensor.shape[1] != sum(sizes):
         raise InvalidAdapter(
-            f"{CONFIG}: none of the target_modules {targets} is a linear layer of the backbone ({spec.model_type})",
-            param="target_modules",
-            code="unknown_target",
+            f"tensor {theirs!r} has shape {list(tensor.shape)}, the backbone needs keys and values of "
+            f"{len(sites)} layers, {sum(sizes)} columns",
+            param=theirs,
+            code="wrong_shape",
         )
-    try:
-        values = {name: options[name] for name in known & options.keys()}
-        return LoraConfig.model_validate(values | {"target_modules": sorted(present)})
-    except ValidationError as error:
-        raise invalid_fields(CONFIG, error) from error
+    pieces = torch.split(tensor, sizes, dim=1)
+    for index, (site, param) in enumerate((site, param) for site in sites for param in ("key", "value")):
+        checkpoint.put(tensor_name(site, param), pieces[index])
 
 
-def _labels(model: Mapping[str, Any], labels: Sequence[str] | None, classifier: Any) -> tuple[str, ...]:
-    """The uploader's labels, or those of config.json; as many as the classifier has rows."""
-    by_index = model.get("id2label")
-    if labels is None and isinstance(by_index, dict):
-        if by_index.keys() != {str(index) for index in range(len(by_index))}:
-            raise InvalidAdapter(f"{MODEL_CONFIG}: the keys of id2label are not 0, 1, 2, ...", param="id2label")
-        labels = [by_index[str(index)] for index in range(len(by_index))]
-    if labels is None:
-        raise InvalidAdapter(
-            "PEFT does not store label names; send the form field `labels`, a JSON list, or add config.json",
-            param="labels",
-            code="missing_labels",
-        )
-    try:
-        checked: tuple[str, ...] = TypeAdapter(Labels).validate_python(tuple(labels))
-    except ValidationError as error:
-        reason = invalid_fields("labels", error).message
-        raise InvalidAdapter(reason, param="labels", code="invalid_labels") from error
-    if classifier is not None and classifier.ndim == 2 and len(checked) != classifier.shape[0]:
-        raise InvalidAdapter(
-            f"{len(checked)} labels for a classifier of {classifier.shape[0]} rows",
-            param="labels",
-            code="invalid_labels",
-        )
-    return checked
+def _take_projections(
+    checkpoint: Checkpoint, method: Vera, config: VeraConfig, names: Mapping[str, str]
+) -> dict[str, Any]:
+    """VeRA's A and B. Those that their seed gives are not kept: all adapters of that seed share them then."""
+    found = {param: names[param] for param in ("vera_A", "vera_B") if param in names}
+    if not found:
+        return {"save_projection": False}
+    sizes = method.largest(config, checkpoint.host.spec)
+    known: tuple[Tensor, Tensor] = projections(config.projection_prng_key, config.r, *sizes)
+    seeded = len(found) == 2 and all(
+        torch.equal(checkpoint.tensors[found[param]], value)
+        for param, value in zip(("vera_A", "vera_B"), known, strict=True)
+    )
+    for param, theirs in found.items():
+        if seeded:
+            checkpoint.skip(theirs)
+        else:
+            checkpoint.take(theirs, f"{method.name}/{param}")
+    return {"save_projection": not seeded}
 
 
-def _json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
-    try:
-        document = from_json(required_json(files, name))
-    except ValueError as error:
-        raise InvalidAdapter(f"{name} is not JSON: {error}", param=name, code="bad_file") from error
-    if not isinstance(document, dict):
-        raise InvalidAdapter(f"{name} is not a JSON object", param=name, code="bad_file")
-    return document
+def _take_biases(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[str]:
+    """Takes every bias of the backbone that is in the checkpoint: the paths of their layers."""
+    layers = []
+    for site, at in checkpoint.host.spec.sites.items():
+        theirs = names.get(f"{site.name}.bias")
+        if theirs in checkpoint.left and at.bias and site.kind in (SiteKind.LINEAR, SiteKind.NORM):
+            checkpoint.take(str(theirs), tensor_name(site, "bias"))
+            layers.append(site.name)
+    return layers
+
+
+def _first(names: Mapping[str, str], *paths: str) -> str:
+    """The first path that is there; else the first."""
+    return next((path for path in paths if path in names), paths[0])
+
+
+def _whole(path: str, spec: BackboneSpec) -> str:
+    """The name that PEFT would give a tensor."""
+    return path if path == "prompt_embeddings" else f"{ROOTS[0]}{spec.prefix}.{path}"

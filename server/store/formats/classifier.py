@@ -1,0 +1,148 @@
+"""A fully fine-tuned classifier of transformers, or a linear probe in its form: config.json and model.safetensors.
+
+Only the head is kept. The body has to be the backbone, but for biases (BitFit) and normalization layers: what differs
+in those becomes an adapter.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from server.adapters.base import Host, tensor_name
+from server.core import Pooling, Site, SiteKind
+from server.errors import InvalidAdapter
+from server.store.artifact import Artifact, read_tensors
+from server.store.formats import heads
+from server.store.formats.files import required
+from server.store.formats.reading import (
+    MODEL_CONFIG,
+    Checkpoint,
+    by_index,
+    label_names,
+    model_config,
+    problem_task,
+    rows,
+)
+
+TENSORS = "model.safetensors"
+PICKLE = "pytorch_model.bin"
+
+BUFFERS = ("position_ids", "token_type_ids", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+"""Ends of names of constants that older versions of transformers stored."""
+
+LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+"""Ends of names that the first BERTs had."""
+
+
+def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -> Artifact:
+    """The artifact of a classifier's folder. Every tensor is the head's, the backbone's, or refused by its name."""
+    spec = host.spec
+    model = model_config(files, spec)
+    architectures = model.get("architectures") or []
+    if isinstance(architectures, list) and architectures and "SequenceClassification" not in str(architectures[0]):
+        raise InvalidAdapter(
+            f"{MODEL_CONFIG}: a model of class {str(architectures[0])[:100]} is no adapter; supported: "
+            "...ForSequenceClassification",
+            param="architectures",
+            code="unsupported_option",
+        )
+    if TENSORS not in files and PICKLE in files:
+        raise InvalidAdapter(
+            f"{PICKLE} is a pickle, which this server does not open; make it {TENSORS} with `adapterd convert "
+            "SOURCE_FOLDER TARGET_FOLDER`",
+            param=PICKLE,
+            code="bad_file",
+        )
+    task = problem_task(model)
+    checkpoint = Checkpoint(read_tensors(TENSORS, required(files, TENSORS)), host)
+    names = _names(checkpoint)
+    head = heads.classifier(spec, _poolers(checkpoint, names))
+    outputs = rows(checkpoint.tensors, names.get(f"{head.output}.weight", ""))
+    known = label_names(files, labels, by_index(model, MODEL_CONFIG), outputs)
+    head_config = heads.take(checkpoint, head, names)
+    tuned = _take_body(checkpoint, names, pooled=head.pooling is Pooling.POOLER)
+    parts: list[tuple[str, dict[str, Any]]] = [
+        (method, {"target_modules": layers}) for method, layers in tuned.items() if layers
+    ]
+    return checkpoint.finish(
+        parts=parts or [("head_only", {})],
+        task=task,
+        head=head_config,
+        labels=known,
+        source=f"transformers {str(model.get('transformers_version') or 'of unknown version')[:40]}",
+    )
+
+
+def _names(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors' names without the model's prefix -> their names in the file."""
+    names: dict[str, str] = {}
+    for theirs in checkpoint.tensors:
+        name = theirs.removeprefix(f"{checkpoint.host.spec.prefix}.")
+        if name.endswith(BUFFERS) and name not in checkpoint.host.tensors():
+            checkpoint.skip(theirs)
+            continue
+        for old, new in LEGACY.items():
+            name = name.removesuffix(old) + new if name.endswith(old) else name
+        names[name] = theirs
+    return names
+
+
+def _poolers(checkpoint: Checkpoint, names: Mapping[str, str]) -> dict[str, str]:
+    """The names without those of a pooler that is the backbone's own."""
+    pooler = [name for name in names if name.startswith("pooler.")]
+    if pooler and all(checkpoint.is_frozen(names[name], name) for name in pooler):
+        return {name: theirs for name, theirs in names.items() if name not in pooler}
+    return dict(names)
+
+
+def _take_body(checkpoint: Checkpoint, names: Mapping[str, str], *, pooled: bool) -> dict[str, list[str]]:
+    """Checks the body against the backbone: methods -> the layers that they replace tensors of."""
+    spec = checkpoint.host.spec
+    frozen = {name for name in checkpoint.host.tensors() if pooled or not name.startswith("pooler.")}
+    body = {name: theirs for name, theirs in names.items() if name in frozen and theirs in checkpoint.left}
+    if not body:
+        return {}  # a linear probe
+    for name in sorted(frozen - names.keys()):
+        raise InvalidAdapter(
+            f"tensor {name!r} of the backbone is missing: a body is there whole, or not at all",
+            param=name,
+            code="missing_tensor",
+        )
+    norms: list[str] = []
+    biases: list[str] = []
+    for name, theirs in sorted(body.items()):
+        path, _, param = name.rpartition(".")
+        if checkpoint.is_frozen(theirs, name):
+            checkpoint.skip(theirs)
+        elif Site(SiteKind.NORM, path) in spec.sites and path not in norms:
+            norms.append(path)
+        elif Site(SiteKind.LINEAR, path) in spec.sites and param == "bias":
+            biases.append(path)
+        elif path not in norms:
+            raise _differs(checkpoint, name, theirs)
+    for path in norms:
+        site = Site(SiteKind.NORM, path)
+        for param in ("weight", "bias") if spec.sites[site].bias else ("weight",):
+            checkpoint.take(names[f"{path}.{param}"], tensor_name(site, param))
+    for path in biases:
+        checkpoint.take(names[f"{path}.bias"], tensor_name(Site(SiteKind.LINEAR, path), "bias"))
+    return {"bitfit": biases, "ln_tuning": norms}
+
+
+def _differs(checkpoint: Checkpoint, name: str, theirs: str) -> InvalidAdapter:
+    tensor: Tensor = checkpoint.tensors[theirs]
+    frozen = checkpoint.host.tensors()[name].float().cpu()
+    if tensor.shape != frozen.shape:
+        return InvalidAdapter(
+            f"tensor {theirs!r} has shape {list(tensor.shape)}, the backbone's has {list(frozen.shape)}",
+            param=theirs,
+            code="wrong_shape",
+        )
+    off = (tensor.float() - frozen).abs().max().item()
+    return InvalidAdapter(
+        f"tensor {theirs!r} is not the backbone's: it differs by up to {off:.3g}. Only a head, biases and "
+        "normalization layers may; a classifier that was fine-tuned as a whole cannot share a backbone",
+        param=theirs,
+        code="other_body",
+    )
