@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,23 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
+
+
+@app.command("convert")
+def convert_command(
+    source: Annotated[Path, typer.Argument(help="Folder of a checkpoint with .bin files.")],
+    target: Annotated[Path, typer.Argument(help="Folder to write it to, new or empty.")],
+) -> None:
+    """Make a checkpoint's pickled .bin files safetensors, as the server wants them."""
+    from server.convert import convert
+    from server.errors import AdapterdError
+
+    try:
+        written = convert(source, target)
+    except AdapterdError as error:
+        print(f"adapterd: {error.message}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(f"converted  {source} to {target}: {', '.join(written)}")
 
 
 @app.command()
