@@ -1,9 +1,12 @@
-"""One batch of 64 texts with 64 different LoRA adapters: against the bare backbone, PEFT, and the machine's own limit.
+"""One batch of 64 texts with 64 different adapters: against the bare backbone, PEFT, and the machine's own limit.
 
     python -m benchmarks.engine --json
 
 Everything runs in one process, interleaved round by round, on the same texts and the same adapter weights, and the
 medians are compared; so the ratios hold on a noisy machine where the milliseconds do not.
+
+`methods` gives, for each adapter method, the time of 64 different adapters of it over the bare backbone's on the same
+texts; `all` is 64 adapters of all methods in turn. Prompts make each text longer by their virtual tokens.
 """
 
 import argparse
@@ -11,17 +14,19 @@ import json
 import statistics
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import AutoModel
 from transformers.utils import logging
 
+from server.adapters import METHODS
 from server.adapters.plan import NO_ADAPTERS
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.core import Encoding, SiteKind
+from server.core import Encoding, Reach, SiteKind
 from server.engine.runner import Row, Runner
 from server.tasks.adapter import Blueprint, TaskAdapter
 
@@ -40,22 +45,48 @@ def make_texts(generator: torch.Generator) -> list[Encoding]:
     return [Encoding(tuple(text), (0,) * len(text), truncated=False) for text in ids]
 
 
-def make_adapters(backbone: Backbone, generator: torch.Generator) -> tuple[list[TaskAdapter], list[dict[str, Any]]]:
-    """Random LoRA adapters on query and value, each with a head of its own number of labels; and their tensors."""
+LORA = ("lora", {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ("query", "value")})
+PFEIFFER = {"original_ln_before": True}
+HOULSBY = {"mh_adapter": True, "non_linearity": "swish"}
+PARALLEL = {"is_parallel": True, "scaling": 4.0}
+VARIANTS: dict[str, list[dict[str, Any]]] = {
+    "lora": [LORA[1]],
+    "bottleneck": [PFEIFFER, HOULSBY, PARALLEL],
+    "compacter": [PFEIFFER, HOULSBY],
+    "prompt_tuning": [{}, {"placement": "states"}],
+}
+"""Hyperparameters, in turn; a method that is not here has its defaults."""
+
+
+def make_adapters(
+    backbone: Backbone, generator: torch.Generator, chosen: list[tuple[str, dict[str, Any]]]
+) -> tuple[list[TaskAdapter], list[dict[str, Any]]]:
+    """Random adapters of the methods in turn, each with a head of its own number of labels; and their tensors."""
     adapters, tensors = [], []
     for index in range(TEXTS):
+        method, options = chosen[index % len(chosen)]
         blueprint = Blueprint.check(
-            method="lora",
-            config={"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ("query", "value")},
+            method=method,
+            config=METHODS[method].complete(options, backbone.spec),
             task="classification",
             head={"pooling": "mean"},
             labels=[str(label) for label in range(2 + index % 7)],
             spec=backbone.spec,
         )
-        values = {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in blueprint.shapes().items()}
-        adapters.append(blueprint.bind(values, backbone.device, backbone.dtype))
+        fresh = blueprint.init(backbone, generator)
+        values = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
+        adapters.append(blueprint.bind(values, backbone))
         tensors.append(values)
     return adapters, tensors
+
+
+def make_rows(
+    backbone: Backbone, texts: list[Encoding], generator: torch.Generator, methods: Sequence[str]
+) -> list[Row]:
+    """A text for each of 64 adapters of the methods."""
+    chosen = [(method, options) for method in methods for options in VARIANTS.get(method, [{}])]
+    adapters, _ = make_adapters(backbone, generator, chosen)
+    return [Row(text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
 
 
 def make_peft(texts: list[Encoding], tensors: list[dict[str, Any]], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -105,12 +136,12 @@ def timed(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def measure(dtype_name: str, rounds: int) -> dict[str, float]:
+def measure(dtype_name: str, rounds: int) -> dict[str, Any]:
     """All figures for one dtype."""
     backbone = Backbone.load(BACKBONE, device="cpu", dtype=dtype_name)
     generator = torch.Generator().manual_seed(0)
     texts = make_texts(generator)
-    adapters, tensors = make_adapters(backbone, generator)
+    adapters, tensors = make_adapters(backbone, generator, [LORA])
     runner = Runner(backbone)
     peft = make_peft(texts, tensors, backbone.dtype)
     mixed_rows = [Row(text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
@@ -127,6 +158,9 @@ def measure(dtype_name: str, rounds: int) -> dict[str, float]:
         "mixed": lambda: runner.run(mixed_rows),
         "peft": peft,
     }
+    for name in (*METHODS, "all"):
+        rows = make_rows(backbone, texts, generator, list(METHODS) if name == "all" else [name])
+        cases[f"methods.{name}"] = partial(runner.run, rows)
     seconds: dict[str, list[float]] = {name: [] for name in cases}
     for round_ in range(rounds + 2):
         for name, case in cases.items():
@@ -137,7 +171,9 @@ def measure(dtype_name: str, rounds: int) -> dict[str, float]:
 
     tokens = sum(map(len, texts))
     weights = sum(
-        size_in * size_out for site, (size_in, size_out) in backbone.spec.sites.items() if site.kind is SiteKind.LINEAR
+        at.size_in * at.size_out
+        for site, at in backbone.spec.sites.items()
+        if site.kind is SiteKind.LINEAR and at.reach is Reach.TOKENS
     )
     rate = gemm_rate(backbone.dtype)
     return {
@@ -146,8 +182,28 @@ def measure(dtype_name: str, rounds: int) -> dict[str, float]:
         "speedup_over_peft": median["peft"] / median["mixed"],
         "gemm_fraction": 2 * tokens * weights / median["mixed"] / rate,
         "gemm_gflops": rate / 1e9,
-        **{f"{name}_ms": value * 1000 for name, value in median.items()},
+        **{f"{name}_ms": value * 1000 for name, value in median.items() if "." not in name},
+        "methods": {
+            name.removeprefix("methods."): value / median["base"]
+            for name, value in median.items()
+            if name.startswith("methods.")
+        },
     }
+
+
+def rounded(figures: dict[str, Any]) -> dict[str, Any]:
+    """To three digits."""
+    return {name: rounded(value) if isinstance(value, dict) else round(value, 3) for name, value in figures.items()}
+
+
+def print_table(figures: dict[str, Any], indent: str = "") -> None:
+    """For people."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            print(f"\n{indent}{name}")
+            print_table(value, indent + "  ")
+        else:
+            print(f"{indent}{name:{22 - len(indent)}} {value:10}")
 
 
 def main() -> None:
@@ -167,17 +223,11 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     for dtype in options.dtype or ["float32", "bfloat16"]:
-        report[dtype] = {name: round(value, 3) for name, value in measure(dtype, options.rounds).items()}
+        report[dtype] = rounded(measure(dtype, options.rounds))
     if options.json:
         print(json.dumps(report))
         return
-    for name, value in report.items():
-        if isinstance(value, dict):
-            print(f"\n{name}")
-            for figure, number in value.items():
-                print(f"  {figure:20} {number:10.2f}")
-        else:
-            print(f"{name:22} {value:10}")
+    print_table(report)
 
 
 if __name__ == "__main__":
