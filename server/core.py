@@ -123,7 +123,8 @@ class BackboneSpec:
     """Path of the table of word embeddings."""
     targets: Mapping[str, tuple[str, ...]]
     """Roles of linear layers -> names that they have here: `query`, `key`, `value`, `query_key_value` (one layer for
-    all three), `intermediate` and `output` (the feed-forward network's). Empty for a family that is not listed."""
+    all three), `intermediate` and `output` (the feed-forward network's; `adapterhub_...` where AdapterHub takes another
+    layer for it). Empty for a family that is not listed."""
 
     def sites_of(self, kind: SiteKind) -> list[Site]:
         """The sites of a kind, in the model's order."""

@@ -39,6 +39,9 @@ class Host(Protocol):
     def tensors(self) -> Mapping[str, Tensor]:
         """The frozen tensors by name."""
 
+    def config(self) -> Mapping[str, Any]:
+        """The model's own configuration, as config.json has it."""
+
 
 class MethodConfig(BaseModel):
     """Hyperparameters that change a method's math. An unknown one is an error, never ignored."""

@@ -14,6 +14,7 @@ from server.adapters.flow import Flow
 from server.adapters.joined import row_groups
 from server.adapters.targets import TargetConfig, select
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
+from server.errors import InvalidAdapter
 
 KINDS = (SiteKind.LINEAR, SiteKind.NORM)
 
@@ -43,7 +44,10 @@ class Bitfit(AdapterMethod[BitfitConfig, BitfitWeights]):
 
     def sites(self, config: BitfitConfig, spec: BackboneSpec) -> list[Site]:
         """The layers that the targets name and that have a bias."""
-        return [site for site in config.sites(spec, KINDS) if spec.sites[site].bias]
+        sites = [site for site in config.sites(spec, KINDS) if spec.sites[site].bias]
+        if not sites:
+            raise InvalidAdapter("none of the target_modules has a bias", param="target_modules", code="unknown_target")
+        return sites
 
     def shapes(self, config: BitfitConfig, site: Site, at: SiteSpec) -> dict[str, Shape]:
         """The whole new bias."""

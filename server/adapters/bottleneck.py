@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, FiniteFloat, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 from torch import Tensor, nn
 
 from server.adapters.activations import ACTIVATIONS, ActivationName
@@ -60,11 +60,15 @@ class BottleneckConfig(MethodConfig):
             raise ValueError("one of mh_adapter and output_adapter has to be true")
         if self.residual_before_ln == "post_add" and not self.original_ln_before:
             raise ValueError("residual_before_ln 'post_add' needs original_ln_before")
-        factors = self.reduction_factor
-        for factor in factors.values() if isinstance(factors, dict) else (factors,):
-            if not 1e-3 <= factor < float("inf"):
-                raise ValueError("a reduction_factor has to be finite and at least 0.001")
         return self
+
+    @field_validator("reduction_factor")
+    @classmethod
+    def _reduces(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        for factor in value.values() if isinstance(value, dict) else (value,):
+            if not 1e-3 <= factor < float("inf"):
+                raise ValueError("has to be finite and at least 0.001")
+        return value
 
     def factor(self, layer: int) -> float:
         """The reduction factor of a layer. KeyError where the mapping has none."""

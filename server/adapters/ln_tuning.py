@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from server.adapters.base import AdapterMethod, Shape
+from server.adapters.base import AdapterMethod, Shape, unsupported
 from server.adapters.flow import Flow
 from server.adapters.joined import row_groups
 from server.adapters.targets import TargetConfig, select
@@ -36,6 +36,8 @@ class LnTuning(AdapterMethod[LnTuningConfig, NormWeights]):
     def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
         """Every normalization layer, by default."""
         norms = [site.name for site in spec.sites_of(SiteKind.NORM)]
+        if not norms:
+            raise unsupported(self, spec, "which of its modules normalize is not known")
         return select({"target_modules": norms or None, **options}, spec, (SiteKind.NORM,))
 
     def sites(self, config: LnTuningConfig, spec: BackboneSpec) -> list[Site]:

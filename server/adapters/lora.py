@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from server.adapters.base import AdapterMethod, Shape
@@ -27,7 +27,7 @@ class LoraConfig(TargetConfig):
     lora_alpha: float = Field(8, gt=0, allow_inf_nan=False)
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Module paths whose rank is another one."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Module paths whose alpha is another one."""
     use_rslora: bool = False
     lora_bias: bool = False

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from server.adapters.targets import TargetConfig, per_target, select
@@ -19,7 +19,7 @@ class LycorisConfig(TargetConfig):
     alpha: float = Field(8, gt=0, allow_inf_nan=False)
     rank_pattern: dict[str, int] = Field(default_factory=dict)
     """Module paths whose rank is another one."""
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Module paths whose alpha is another one."""
 
     def rank(self, site: Site) -> int:

@@ -54,8 +54,9 @@ def projections(seed: int, r: int, size_in: int, size_out: int) -> tuple[Tensor,
 def _placed(
     seed: int, r: int, size_in: int, size_out: int, device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    a, b = projections(seed, r, size_in, size_out)
-    return a.to(device, dtype), b.to(device, dtype)
+    with torch.inference_mode(False):  # kept for training too
+        a, b = projections(seed, r, size_in, size_out)
+        return a.to(device, dtype), b.to(device, dtype)
 
 
 class Vera(AdapterMethod[VeraConfig, VeraWeights]):

@@ -96,7 +96,8 @@ class Backbone:
         accepted = inspect.signature(model.forward).parameters
         # Families without type embeddings may still take the argument, and add something else for it (GPT-2).
         self._takes_types = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
-        self._takes_positions = "position_ids" in accepted
+        # Where a family that is not listed starts to count is not known; padded, it counts itself.
+        self._takes_positions = "position_ids" in accepted and model.config.model_type in FAMILIES
         self._plan = NO_ADAPTERS
         self._rows = 0  # of the running forward
         self._pooling = False  # the pooler runs, outside of the model's own forward
@@ -163,6 +164,11 @@ class Backbone:
     def tensors(self) -> Mapping[str, Tensor]:
         """The frozen tensors by name."""
         return self._tensors
+
+    def config(self) -> Mapping[str, Any]:
+        """The model's own configuration, as config.json has it."""
+        config: dict[str, Any] = self.model.config.to_dict()
+        return config
 
     @classmethod
     def load(cls, name: str, *, device: str = "auto", dtype: str = "auto") -> "Backbone":
@@ -248,6 +254,8 @@ class Backbone:
         inputs = {
             "input_ids": self._tensor([[i for row in rows for i in row.ids]]),
             "position_ids": self._tensor([[p for row in rows for p in row.positions]]),
+            # Nobody reads it. Without a mask transformers looks at the ids, which waits for the device.
+            "attention_mask": torch.empty(1, 1, 1, 1, device=self.device),
         }
         if self._takes_types:
             inputs["token_type_ids"] = self._tensor([[t for row in rows for t in row.type_ids]])
@@ -340,6 +348,8 @@ class Backbone:
             if site.kind is SiteKind.ENCODER:
                 x = y  # what enters the embeddings is no tensor of rows
             elif site.kind is SiteKind.EMBEDDING:
+                if not isinstance(inputs[0], Tensor):
+                    return None  # RoFormer looks positions up by a shape
                 x = inputs[0].flatten()
             else:
                 x = inputs[0].flatten(0, -2)

@@ -107,6 +107,8 @@ LLAMA = Family(
         "value": ("v_proj",),
         "intermediate": ("up_proj",),
         "output": ("down_proj",),
+        "adapterhub_intermediate": ("down_proj",),  # it has the two swapped
+        "adapterhub_output": ("up_proj",),
     },
     classifier=_score,
 )
@@ -235,7 +237,7 @@ def _kinds(module: nn.Module, *, norms: bool) -> Iterator[tuple[SiteKind, SiteSp
         size_in, size_out = module.weight.shape[::-1] if isinstance(module, nn.Linear) else module.weight.shape
         yield SiteKind.LINEAR, SiteSpec(size_in, size_out, bias)
         yield SiteKind.LINEAR_INPUT, SiteSpec(size_in, size_in)
-    elif isinstance(module, nn.Embedding):
+    elif isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:  # takes ids
         yield SiteKind.EMBEDDING, SiteSpec(module.num_embeddings, module.embedding_dim)
     elif norms and (isinstance(module, nn.LayerNorm) or type(module).__name__.endswith("RMSNorm")):
         (size,) = module.get_parameter("weight").shape

@@ -139,7 +139,10 @@ class _Reader:
         if architecture is None:
             return self._bottleneck(config)
         if architecture == "lora":
-            return [self._ia3(config) if config.get("composition_mode") == "scale" else self._lora(config)]
+            mode = config.get("composition_mode", "add")
+            if mode not in ("add", "scale"):
+                raise refusal(CONFIG, config, "composition_mode", "add, scale")
+            return [self._ia3(config) if mode == "scale" else self._lora(config)]
         if architecture == "prefix_tuning":
             return [self._prefix(config)]
         if architecture == "prompt_tuning":
@@ -221,7 +224,7 @@ class _Reader:
         _only(config, _LORA)
         dora = bool(config.get("use_dora"))
         vera = isinstance(config.get("vera_d"), float) or isinstance(config.get("vera_b"), float)
-        sites = self._adapted("loras")
+        sites = self._adapted(config)
         rank = _integer(config, "r")
         options: dict[str, Any] = {"lora_alpha": _number(config, "alpha"), "use_gating": bool(config.get("use_gating"))}
         if options["use_gating"]:
@@ -288,7 +291,7 @@ class _Reader:
             raise refusal(CONFIG, config, "use_dora", "false together with composition_mode 'scale'")
         gated = bool(config.get("use_gating"))
         alpha = 1 if gated else _number(config, "alpha")  # the gate takes the scale's place
-        sites = self._adapted("loras")
+        sites = self._adapted(config)
         for site, params in sites.items():
             at = self.spec.sites[site]
             theirs = params.get("lora_B", f"{site.name}.loras.{self.name}.lora_B")
@@ -318,21 +321,47 @@ class _Reader:
             theirs = params.get(param, f"{site.name}.loras.{self.name}.{param}")
             self.checkpoint.take(theirs, tensor_name(site, param))
 
-    def _adapted(self, kind: str) -> dict[Site, dict[str, str]]:
-        """Linear sites -> parameter -> name in the file, of the modules `<path>.<kind>.<name>.<parameter>`."""
+    def _adapted(self, config: Mapping[str, Any]) -> dict[Site, dict[str, str]]:
+        """The linear sites that the options name -> parameter -> its name in the file."""
+        left_out = config.get("leave_out") or []
+        if not isinstance(left_out, list):
+            raise refusal(CONFIG, config, "leave_out", "a list of layers")
         sites: dict[Site, dict[str, str]] = {}
+        for index, layer in enumerate(self.spec.layers):
+            for role in self._roles(config) if index not in left_out else ():
+                for name in self.spec.targets.get(f"adapterhub_{role}") or self.spec.targets.get(role, ()):
+                    sites |= {site: {} for site in self._in_layer(layer, name, role)}
         for name, theirs in self.names.items():
-            path, found, param = name.partition(f".{kind}.{self.name}.")
+            path, found, param = name.partition(f".loras.{self.name}.")
             site = Site(SiteKind.LINEAR, path)
-            if found and site in self.spec.sites:
-                sites.setdefault(site, {})[param] = theirs
+            if found and site in sites:
+                sites[site][param] = theirs
         if not sites:
-            raise InvalidAdapter(
-                f"{TENSORS} has no tensor of a LoRA called {self.name[:100]!r} at a linear layer of the backbone",
-                param=TENSORS,
-                code="missing_tensor",
-            )
+            raise refusal(CONFIG, config, "attn_matrices", "some of q, k and v, or intermediate_lora, or output_lora")
         return {site: sites[site] for site in self.spec.sites if site in sites}
+
+    def _roles(self, config: Mapping[str, Any]) -> list[str]:
+        """What the options say of a layer, as roles of linear layers."""
+        roles = []
+        if config.get("selfattn_lora", True):
+            blocks = _blocks(config)
+            merged = "query_key_value" in self.spec.targets
+            roles = ["query_key_value"] if merged and blocks else [("query", "key", "value")[block] for block in blocks]
+        for option, role in (("intermediate_lora", "intermediate"), ("output_lora", "output")):
+            if config.get(option):
+                roles.append(role)
+        return roles
+
+    def _in_layer(self, layer: str, name: str, role: str) -> list[Site]:
+        """A layer's linear layers of a name; those of the feed-forward network lie outside of the attention."""
+        found = [
+            site
+            for site in self.spec.sites_of(SiteKind.LINEAR)
+            if site.name.startswith(f"{layer}.") and is_target(site.name.removeprefix(f"{layer}."), name)
+        ]
+        if role in ("intermediate", "output"):
+            found = [site for site in found if not site.name.removeprefix(f"{layer}.").startswith("attention")]
+        return found
 
     # ------------------------------------------------------------------------------------------- prefixes and prompts
 
@@ -454,6 +483,9 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
                 code="bad_file",
             )
     config = _config(document)
+    name = document.get("name")
+    if not isinstance(name, str) or not name:
+        raise refusal(CONFIG, document, "name", "the name that the tensors carry")
     tensors = read_tensors(TENSORS, required(files, TENSORS))
     if HEAD_CONFIG not in files:
         raise InvalidAdapter(
@@ -466,7 +498,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
     if both := tensors.keys() & head_tensors.keys():
         raise InvalidAdapter(f"tensor {min(both)!r} is in both files", param=min(both), code="contradiction")
     checkpoint = Checkpoint(tensors | head_tensors, host)
-    reader = _Reader(checkpoint, spec, str(document.get("name")), _names(tensors, spec))
+    reader = _Reader(checkpoint, spec, name, _names(tensors, spec))
     parts = reader.read(config)
     task, head, known = _head(checkpoint, head_document, files, labels, spec)
     return checkpoint.finish(
@@ -521,6 +553,7 @@ def _head(
     if not isinstance(kind, str) or kind not in HEADS:
         raise refusal(HEAD_CONFIG, config, "head_type", ", ".join(HEADS))
     task = HEADS[kind]
+    _only(config, _HEAD, HEAD_CONFIG)
     layers = config.get("layers")
     if not isinstance(layers, int) or not 1 <= layers <= 16:
         raise refusal(HEAD_CONFIG, config, "layers", "1 to 16")
@@ -546,11 +579,26 @@ def _head(
     return task, head, known
 
 
-def _only(config: Mapping[str, Any], known: frozenset[str] | set[str]) -> None:
+_HEAD = frozenset(
+    {
+        "activation_function",
+        "bias",
+        "dropout_prob",
+        "head_type",
+        "id2label",
+        "label2id",
+        "layers",
+        "num_labels",
+        "use_pooler",
+    }
+)
+
+
+def _only(config: Mapping[str, Any], known: frozenset[str] | set[str], where: str = CONFIG) -> None:
     """Refuses options that are set and not known."""
     for option in sorted(config.keys() - known - INERT):
         if config[option]:
-            raise refusal(CONFIG, config, option, ", ".join(sorted(known)))
+            raise refusal(where, config, option, ", ".join(sorted(known)))
 
 
 def _integer(config: Mapping[str, Any], option: str) -> int:

@@ -38,7 +38,7 @@ LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bi
 def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -> Artifact:
     """The artifact of a classifier's folder. Every tensor is the head's, the backbone's, or refused by its name."""
     spec = host.spec
-    model = model_config(files, spec)
+    model = model_config(files, host)
     architectures = model.get("architectures") or []
     if isinstance(architectures, list) and architectures and "SequenceClassification" not in str(architectures[0]):
         raise InvalidAdapter(
@@ -141,8 +141,9 @@ def _differs(checkpoint: Checkpoint, name: str, theirs: str) -> InvalidAdapter:
         )
     off = (tensor.float() - frozen).abs().max().item()
     return InvalidAdapter(
-        f"tensor {theirs!r} is not the backbone's: it differs by up to {off:.3g}. Only a head, biases and "
-        "normalization layers may; a classifier that was fine-tuned as a whole cannot share a backbone",
+        f"tensor {theirs!r} is not the backbone's: it differs by up to {off:.3g}. Only a head may, and biases and "
+        "normalization layers where adapters reach them; a classifier that was fine-tuned as a whole cannot share a "
+        "backbone",
         param=theirs,
         code="other_body",
     )

@@ -151,7 +151,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
             code="bad_file",
         )
     method, config = _method(options, spec)
-    model = model_config(files, spec)
+    model = model_config(files, host)
     task = problem_task(model)
     checkpoint = Checkpoint(read_tensors(TENSORS, required(files, TENSORS)), host)
     names = _names(checkpoint, spec)
@@ -188,7 +188,7 @@ def _method(options: Mapping[str, Any], spec: BackboneSpec) -> tuple[str, dict[s
     if options.get("task_type") not in ("SEQ_CLS", None):
         raise refusal(CONFIG, options, "task_type", "SEQ_CLS")
     if options.get("init_lora_weights", True) not in HARMLESS_INITS:
-        raise refusal(CONFIG, options, "init_lora_weights", "initialisations that leave the backbone as it is")
+        raise refusal(CONFIG, options, "init_lora_weights", ", ".join(map(str, HARMLESS_INITS)))
     if options.get("bias", "none") not in BIASES:
         raise refusal(CONFIG, options, "bias", ", ".join(BIASES))
     for option in sorted(options.keys() - set(kind.options) - kind.inert - set(kind.handled) - ALWAYS_INERT):

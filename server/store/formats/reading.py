@@ -23,6 +23,28 @@ MODEL_CONFIG = "config.json"
 LABELS = "labels.json"
 """A side file with the label names, a JSON list, for checkpoints that do not name them."""
 
+INERT_CONFIG = frozenset(
+    {
+        "_name_or_path",
+        "chunk_size_feed_forward",
+        "dtype",
+        "finetuning_task",
+        "gradient_checkpointing",
+        "initializer_cutoff_factor",
+        "initializer_range",
+        "is_decoder",
+        "num_labels",
+        "problem_type",
+        "return_dict",
+        "tie_word_embeddings",
+        "torch_dtype",
+        "torchscript",
+        "transformers_version",
+        "use_cache",
+    }
+)
+"""Fields of config.json that change no output of a classifier, beside dropouts, ids of special tokens and the like."""
+
 PROBLEM_TASKS = {
     None: "classification",
     "single_label_classification": "classification",
@@ -110,8 +132,13 @@ class Checkpoint:
         labels: tuple[str, ...],
         source: str,
     ) -> Artifact:
-        """The artifact. Refuses a misshapen, an unused or a missing tensor by the name that it has in the file."""
+        """The artifact. Refuses a misshapen, an unused or a missing tensor by the name that it has in the file.
+
+        One that is missing, and whose name there the reader does not know, is called by ours.
+        """
         spec = self.host.spec
+        if not parts:
+            raise InvalidAdapter("the checkpoint holds no adapter", param="files", code="missing_tensor")
         (method, config), *also = parts
         blueprint = Blueprint.check(
             method=method, config=config, also=also, task=task, head=head, labels=labels, spec=spec
@@ -172,10 +199,20 @@ def _parsed(files: Mapping[str, bytes], name: str) -> Any:
         raise InvalidAdapter(f"{name} is not JSON: {error}", param=name, code="bad_file") from error
 
 
-def model_config(files: Mapping[str, bytes], spec: BackboneSpec) -> dict[str, Any]:
-    """The whole model's config.json, if it is there. It has to be of the backbone's architecture and size."""
+def model_config(files: Mapping[str, bytes], host: Host) -> dict[str, Any]:
+    """The whole model's config.json, if it is there. It has to say what the backbone's own says."""
     model = read_json(files, MODEL_CONFIG) if MODEL_CONFIG in files else {}
-    check_backbone(MODEL_CONFIG, model, spec)
+    check_backbone(MODEL_CONFIG, model, host.spec)
+    here = host.config()
+    for name in sorted(model.keys() & here.keys() - INERT_CONFIG):
+        one, other = model[name], here[name]
+        scalar = isinstance(one, str | int | float) and isinstance(other, str | int | float)
+        if scalar and one != other and not any(part in name for part in ("dropout", "token_id", "output_")):
+            raise InvalidAdapter(
+                f"{MODEL_CONFIG}: {name} is {str(one)[:100]!r}, the backbone's is {other!r}",
+                param=name,
+                code="wrong_backbone",
+            )
     return model
 
 
