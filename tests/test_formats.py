@@ -6,6 +6,7 @@ import json
 import random
 import struct
 import tarfile
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable, Mapping
@@ -26,14 +27,15 @@ from helpers import (
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from test_parity_adapterhub import checkpoints, hub_backbone
 from torch import Tensor
 
 from server.backbone.backbone import Backbone
-from server.core import BackboneSpec
 from server.errors import AdapterdError, CorruptVersion, InvalidAdapter, TooLarge
 from server.store.artifact import Artifact, Manifest, read_tensors
 from server.store.formats import read_checkpoint
 from server.store.formats.files import MAX_FILES, gather
+from server.store.formats.peft import TYPES
 from server.tasks.adapter import Blueprint
 
 NAMES = list(LABELS[:3])
@@ -42,12 +44,8 @@ A = "base_model.model.bert.encoder.layer.1.attention.self.query.lora_A.weight"
 B = "base_model.model.bert.encoder.layer.1.attention.self.value.lora_B.weight"
 HEAD = "base_model.model.classifier.weight"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB, HUB_HEAD, HUB_HEAD_CONFIG = "adapter.safetensors", "model_head.safetensors", "head_config.json"
 Files = dict[str, bytes]
-
-
-@pytest.fixture(scope="session")
-def spec(bert: Backbone) -> BackboneSpec:
-    return bert.spec
 
 
 @pytest.fixture(scope="session")
@@ -80,8 +78,8 @@ def with_tensors(**changes: Tensor | None) -> Files:
 # ---------------------------------------------------------------------------------------------- PEFT, read_checkpoint
 
 
-def test_a_good_peft_checkpoint_is_read_whole(spec: BackboneSpec) -> None:
-    artifact = read_checkpoint(peft_files(), NAMES, spec)
+def test_a_good_peft_checkpoint_is_read_whole(bert: Backbone) -> None:
+    artifact = read_checkpoint(peft_files(), NAMES, bert)
     assert artifact.manifest.method == "lora"
     assert artifact.manifest.labels == tuple(NAMES)
     assert artifact.manifest.backbone.name == "tiny-bert"
@@ -98,44 +96,44 @@ def test_a_good_peft_checkpoint_is_read_whole(spec: BackboneSpec) -> None:
         task=manifest.task,
         head=manifest.head,
         labels=manifest.labels,
-        spec=spec,
+        spec=bert.spec,
     ).check_tensors(artifact.tensors)
 
 
-def test_the_same_files_are_the_same_version(spec: BackboneSpec) -> None:
-    version = read_checkpoint(peft_files(), NAMES, spec).version
-    assert read_checkpoint(peft_files(), NAMES, spec).version == version
+def test_the_same_files_are_the_same_version(bert: Backbone) -> None:
+    version = read_checkpoint(peft_files(), NAMES, bert).version
+    assert read_checkpoint(peft_files(), NAMES, bert).version == version
     shuffled = dict(reversed(peft_tensors().items()))
-    assert read_checkpoint(peft_files(tensors=shuffled), NAMES, spec).version == version
-    assert read_checkpoint(peft_files(folder="a/b/"), NAMES, spec).version == version
+    assert read_checkpoint(peft_files(tensors=shuffled), NAMES, bert).version == version
+    assert read_checkpoint(peft_files(folder="a/b/"), NAMES, bert).version == version
     others = [
-        read_checkpoint(peft_files(), NAMES[::-1], spec),
-        read_checkpoint(peft_files(peft_config(lora_alpha=5)), NAMES, spec),
-        read_checkpoint(with_tensors(**{A: peft_tensors()[A] + 1e-6}), NAMES, spec),
+        read_checkpoint(peft_files(), NAMES[::-1], bert),
+        read_checkpoint(peft_files(peft_config(lora_alpha=5)), NAMES, bert),
+        read_checkpoint(with_tensors(**{A: peft_tensors()[A] + 1e-6}), NAMES, bert),
     ]
     assert len({version, *(other.version for other in others)}) == 4
 
 
 @pytest.mark.parametrize("folder", ["", "checkpoint/", "a/b/c/"])
-def test_a_folder_around_the_files_and_files_beside_them_do_not_matter(folder: str, spec: BackboneSpec) -> None:
+def test_a_folder_around_the_files_and_files_beside_them_do_not_matter(folder: str, bert: Backbone) -> None:
     files = peft_files(folder=folder)
     files |= {"README.md": b"", f"{folder}README.md": b"# hi", f"{folder}tokenizer.json": b"{", "__MACOSX/._x": b"\0"}
     files[f"{folder}deeper/{WEIGHTS}"] = b"not looked at"
-    assert read_checkpoint(files, NAMES, spec).version == read_checkpoint(peft_files(), NAMES, spec).version
+    assert read_checkpoint(files, NAMES, bert).version == read_checkpoint(peft_files(), NAMES, bert).version
 
 
-def test_names_without_the_models_prefix_are_read(spec: BackboneSpec) -> None:
+def test_names_without_the_models_prefix_are_read(bert: Backbone) -> None:
     tensors = {name.replace(".bert.", "."): tensor for name, tensor in peft_tensors().items()}
-    artifact = read_checkpoint(peft_files(tensors=tensors), NAMES, spec)
-    assert artifact.version == read_checkpoint(peft_files(), NAMES, spec).version
+    artifact = read_checkpoint(peft_files(tensors=tensors), NAMES, bert)
+    assert artifact.version == read_checkpoint(peft_files(), NAMES, bert).version
 
 
-def test_labels_may_come_from_the_models_config(spec: BackboneSpec) -> None:
+def test_labels_may_come_from_the_models_config(bert: Backbone) -> None:
     twelve = [f"l{i}" for i in range(12)]
     by_index = {str(index): label for index, label in sorted(enumerate(twelve), key=lambda pair: str(pair[0]))}
     files = peft_files(tensors=peft_tensors(labels=12)) | {"config.json": json.dumps({"id2label": by_index}).encode()}
-    assert read_checkpoint(files, None, spec).manifest.labels == tuple(twelve)
-    assert read_checkpoint(files, twelve[::-1], spec).manifest.labels == tuple(
+    assert read_checkpoint(files, None, bert).manifest.labels == tuple(twelve)
+    assert read_checkpoint(files, twelve[::-1], bert).manifest.labels == tuple(
         twelve[::-1]
     )  # the uploader's word counts
 
@@ -154,74 +152,221 @@ def test_labels_may_come_from_the_models_config(spec: BackboneSpec) -> None:
         (["a", "b", "\ud800"], "invalid_labels"),
     ],
 )
-def test_wrong_labels(labels: Any, code: str, spec: BackboneSpec) -> None:
-    refused(lambda: read_checkpoint(peft_files(), labels, spec), "labels", code)
+def test_wrong_labels(labels: Any, code: str, bert: Backbone) -> None:
+    refused(lambda: read_checkpoint(peft_files(), labels, bert), "labels", code)
 
 
 @pytest.mark.parametrize("id2label", [{}, {"0": "a"}, {"0": "a", "1": "a", "2": "b"}, {"0": {}, "1": [], "2": None}])
-def test_wrong_labels_in_the_models_config(id2label: dict, spec: BackboneSpec) -> None:
+def test_wrong_labels_in_the_models_config(id2label: dict, bert: Backbone) -> None:
     files = peft_files() | {"config.json": json.dumps({"id2label": id2label}).encode()}
-    refused(lambda: read_checkpoint(files, None, spec), "labels", "invalid_labels")
+    refused(lambda: read_checkpoint(files, None, bert), "labels", "invalid_labels")
 
 
 @pytest.mark.parametrize("document", [b"", b"{", b"[]", b"[" * 100_000])
-def test_a_broken_model_config(document: bytes, spec: BackboneSpec) -> None:
-    refused(lambda: read_checkpoint(peft_files() | {"config.json": document}, None, spec), "config.json", "bad_file")
+def test_a_broken_model_config(document: bytes, bert: Backbone) -> None:
+    refused(lambda: read_checkpoint(peft_files() | {"config.json": document}, None, bert), "config.json", "bad_file")
 
 
 @pytest.mark.parametrize("document", [b'{"id2label": null}', b'{"id2label": ["a", "b", "c"]}', b"{}"])
-def test_a_model_config_without_label_names(document: bytes, spec: BackboneSpec) -> None:
+def test_a_model_config_without_label_names(document: bytes, bert: Backbone) -> None:
     files = peft_files() | {"config.json": document}
-    refused(lambda: read_checkpoint(files, None, spec), "labels", "missing_labels")
+    refused(lambda: read_checkpoint(files, None, bert), "labels", "missing_labels")
 
 
 @pytest.mark.parametrize(
     ("option", "value", "code"),
     [
-        ("peft_type", "IA3", "unsupported_option"),
-        ("peft_type", "PREFIX_TUNING", "unsupported_option"),
+        ("peft_type", "OFT", "unsupported_option"),
         ("peft_type", ..., "unsupported_option"),
         ("peft_type", ["LORA"], "unsupported_option"),
         ("task_type", "CAUSAL_LM", "unsupported_option"),
-        ("use_dora", True, "unsupported_option"),
-        ("use_rslora", True, "unsupported_option"),
-        ("rank_pattern", {"query": 4}, "unsupported_option"),
-        ("alpha_pattern", {"query": 4}, "unsupported_option"),
-        ("bias", "all", "unsupported_option"),
-        ("bias", "lora_only", "unsupported_option"),
-        ("lora_bias", True, "unsupported_option"),
-        ("fan_in_fan_out", True, "unsupported_option"),
-        ("layers_to_transform", [0], "unsupported_option"),
+        ("task_type", ["SEQ_CLS"], "unsupported_option"),
+        ("bias", "some", "unsupported_option"),
+        ("bias", ["all"], "unsupported_option"),
         ("layer_replication", [[0, 2]], "unsupported_option"),
         ("trainable_token_indices", [1], "unsupported_option"),
         ("an_option_of_tomorrow", "yes", "unsupported_option"),
         ("init_lora_weights", "pissa", "unsupported_option"),
         ("init_lora_weights", "olora", "unsupported_option"),
         ("init_lora_weights", ["pissa"], "unsupported_option"),
-        ("target_modules", "all-linear", "unsupported_option"),
-        ("target_modules", ".*query", "unsupported_option"),
         ("target_modules", ..., "unsupported_option"),
-        ("target_modules", [], "unknown_target"),
+        ("target_modules", [], "unsupported_option"),
+        ("target_modules", 7, "unsupported_option"),
+        ("target_modules", {"query": 1}, "unsupported_option"),
+        ("target_modules", [["query"], None, 3], "unsupported_option"),
+        ("target_modules", "(", "unsupported_option"),
+        ("target_modules", "", "unknown_target"),
+        ("target_modules", ".*uery!", "unknown_target"),
         ("target_modules", ["q_proj", "v_proj"], "unknown_target"),
         ("target_modules", ["uery"], "unknown_target"),
-        ("target_modules", [["query"], None, 3], "unknown_target"),
-        ("target_modules", ["pooler.dense"], "unknown_target"),
+        ("target_modules", ["LayerNorm"], "unknown_target"),
+        ("exclude_modules", "(", "unsupported_option"),
+        ("exclude_modules", 3, "unsupported_option"),
+        ("exclude_modules", [None], "unsupported_option"),
+        ("layers_to_transform", {"a": 1}, "unsupported_option"),
+        ("layers_to_transform", "0", "unsupported_option"),
+        ("rank_pattern", [1], "unsupported_option"),
+        ("rank_pattern", {"(": 4}, "unsupported_option"),
+        ("alpha_pattern", 7, "unsupported_option"),
+        ("alpha_pattern", {"(": 4}, "unsupported_option"),
+        ("use_rslora", "maybe", None),
+        ("lora_bias", "maybe", None),
         ("r", 0, None),
         ("r", -1, None),
         ("r", 2.5, None),
-        ("r", None, None),
         ("r", "two", None),
         ("lora_alpha", 0, None),
         ("lora_alpha", float("inf"), None),
         ("lora_alpha", float("nan"), None),
         ("lora_alpha", 10**400, None),
-        ("lora_alpha", None, None),
     ],
 )
-def test_an_option_that_would_change_the_outputs(option: str, value: Any, code: str, spec: BackboneSpec) -> None:
+def test_an_option_that_would_change_the_outputs(option: str, value: Any, code: str, bert: Backbone) -> None:
     files = peft_files(peft_config(**{option: value}))
-    message = refused(lambda: read_checkpoint(files, NAMES, spec), option, code)
-    assert CONFIG in message
+    message = refused(lambda: read_checkpoint(files, NAMES, bert), option, code)
+    assert option in message
+    if value is not ... and code == "unsupported_option" and value != "(" and value != {"(": 4}:
+        assert "supported" in message or "has to" in message
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "alpha_pattern"])
+@pytest.mark.parametrize("value", [None, "two", [2], {}, float("nan"), float("inf")])
+def test_a_pattern_for_no_number_is_refused(field: str, value: Any, bert: Backbone) -> None:
+    files = peft_files(peft_config(**{field: {"query": value}}))
+    with pytest.raises(InvalidAdapter):
+        read_checkpoint(files, NAMES, bert)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "param", "code"),
+    [
+        ("exclude_modules", ["query", "value"], "target_modules", "unknown_target"),
+        ("layers_to_transform", 99, "target_modules", "unknown_target"),
+        ("layers_to_transform", ["0"], "target_modules", "unknown_target"),
+        ("exclude_modules", ["query"], A.replace(".1.", ".0."), "unused_tensor"),
+        ("layers_to_transform", [0], A, "unused_tensor"),
+        ("use_dora", True, A.replace(".1.", ".0.").replace("lora_A.weight", "lora_magnitude_vector"), "missing_tensor"),
+        ("lora_bias", True, A.replace(".1.", ".0.").replace("lora_A.weight", "lora_B.bias"), "missing_tensor"),
+        ("rank_pattern", {"query": 4}, A.replace(".1.", ".0."), "wrong_shape"),
+        ("r", None, A.replace(".1.", ".0."), "wrong_shape"),  # PEFT's default, 8
+        ("target_modules", "all-linear", None, "missing_tensor"),
+        ("target_modules", ["query", "value", "pooler.dense"], None, "missing_tensor"),
+    ],
+)
+def test_options_and_tensors_that_do_not_belong_together(
+    option: str, value: Any, param: str | None, code: str, bert: Backbone
+) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        read_checkpoint(peft_files(peft_config(**{option: value})), NAMES, bert)
+    assert caught.value.error_code == code, caught.value.message
+    assert param is None or caught.value.param == param
+
+
+HUGE = (10**6, 10**9, 10**18, 10**30)
+
+
+@pytest.mark.parametrize("size", HUGE)
+def test_huge_sizes_cost_nothing(size: int, bert: Backbone) -> None:
+    """They are held against the tensors' shapes before anything of that size is made."""
+    virtual = {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": size}
+    checks: list[tuple[Files, str | None]] = [
+        (peft_files(peft_config(r=size)), "wrong_shape"),
+        (peft_files(peft_config(rank_pattern={"query": size})), "wrong_shape"),
+        (prompt_files(**virtual), None),
+        (prompt_files(**virtual | {"peft_type": "PREFIX_TUNING"}), None),
+        (prompt_files(**virtual | {"peft_type": "P_TUNING"}), None),
+        (peft_files({"peft_type": "LOHA", "r": size, "target_modules": ["query"]}), None),
+        (peft_files({"peft_type": "LOKR", "r": size, "decompose_factor": size, "target_modules": ["query"]}), None),
+        *(
+            (edited(case, **{option: size}), None)
+            for case, option in (
+                ("lora", "r"), ("prefix_tuning", "prefix_length"), ("prefix_tuning", "bottleneck_size"),
+                ("prompt_tuning", "prompt_length"), ("compacter", "phm_dim"), ("compacter", "phm_rank"),
+            )
+        ),
+    ]  # fmt: skip
+
+    def read_all() -> None:
+        for files, code in checks:
+            with pytest.raises(InvalidAdapter) as caught:
+                read_checkpoint(files, NAMES, hub_backbone("bert") if HUB in files else bert)
+            assert code is None or caught.value.error_code == code
+
+    started = time.monotonic()
+    assert peak_memory(read_all) < 64 * LIMIT
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("size", [10**6, 10**9])
+def test_projections_of_a_huge_rank_are_not_drawn(size: int, bert: Backbone) -> None:
+    """VeRA's come from a seed; what they would take is known before."""
+    tensors = {name: tensor for name, tensor in peft_tensors().items() if "lora" not in name}
+    for layer in range(2):
+        path = f"base_model.model.bert.encoder.layer.{layer}.attention.self.query"
+        tensors |= {f"{path}.vera_lambda_b": torch.zeros(32), f"{path}.vera_lambda_d": torch.zeros(4)}
+    config = {"peft_type": "VERA", "r": size, "target_modules": ["query"], "projection_prng_key": 0}
+    for extra in ({}, {"base_model.vera_A": torch.zeros(4, 32), "base_model.vera_B": torch.zeros(32, 4)}):
+        files = peft_files(config, tensors | extra)
+        started = time.monotonic()
+        with pytest.raises(InvalidAdapter):
+            read_checkpoint(files, NAMES, bert)
+        assert time.monotonic() - started < 2
+
+
+def prompt_files(**options: Any) -> Files:
+    tensors = {"prompt_embeddings": torch.zeros(4, 32)}
+    tensors |= {name.replace("model.model.", "model."): t for name, t in peft_tensors().items() if "lora" not in name}
+    return peft_files({"task_type": "SEQ_CLS", **options}, tensors)
+
+
+SLOW = r"(?:\w|[a-z]|\.){0,26}[A-Z]"
+"""Tries two choices at each of 26 characters of every name."""
+
+EVIL = {
+    "exponential": r"(?:\w|\w|[a-z]|\.)*[A-Z]",
+    "slow on every name": SLOW,
+    "many groups": "(.*)" * 20 + "[A-Z]",
+    "nested": r"(((.*)*)*)*[A-Z]",
+    "bounded": "(?:.{0,9999}){0,9999}[A-Z]",
+    "back references": r"(.*)(.*)\1\2\1\2[A-Z]",
+    "deep": "(" * 3000 + ")" * 3000,
+    "long": "q" * 1_000_000,
+    "many alternatives": "|".join(f"(a{i})" for i in range(30_000)),
+}
+
+
+@pytest.mark.parametrize(
+    ("option", "pattern"),
+    [
+        *((option, pattern) for option in ("target_modules", "rank_pattern") for pattern in EVIL),
+        *((option, "exponential") for option in ("exclude_modules", "alpha_pattern")),
+    ],
+)
+def test_a_pattern_takes_no_longer_than_a_second(option: str, pattern: str, bert: Backbone) -> None:
+    value = EVIL[pattern]
+    files = peft_files(peft_config(**{option: {value: 2} if option.endswith("pattern") else value}))
+    harmless_within_a_second(lambda: read_checkpoint(files, NAMES, bert))
+
+
+def test_many_patterns_take_no_longer_than_one(bert: Backbone) -> None:
+    files = peft_files(peft_config(rank_pattern={f"{SLOW}{{{index},}}": 2 for index in range(1, 20)}))
+    harmless_within_a_second(lambda: read_checkpoint(files, NAMES, bert))
+
+
+@pytest.mark.parametrize("pattern", ["(", ")", "[", "*", "a{2,1}", "(?P<a>x)(?P<a>y)(", "\\", "(?<=", "\ud800["])
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_what_is_no_pattern_is_said_to_be_none(pattern: str, option: str, bert: Backbone) -> None:
+    value = {pattern: 2} if option.endswith("pattern") else pattern
+    with pytest.raises(InvalidAdapter) as caught:
+        read_checkpoint(peft_files(peft_config(**{option: value})), NAMES, bert)
+    assert caught.value.param == option or caught.value.error_code == "bad_file"
+    assert "regular expression" in caught.value.message or caught.value.error_code == "bad_file"
+
+
+def harmless_within_a_second(call: Callable[[], Any]) -> None:
+    started = time.monotonic()
+    harmless(call)
+    assert time.monotonic() - started < 1.5  # a second, and half of one for a busy machine
 
 
 @pytest.mark.parametrize(
@@ -236,18 +381,18 @@ def test_an_option_that_would_change_the_outputs(option: str, value: Any, code: 
         {"target_modules": ["query", "value", "not_in_this_model"]},
     ],
 )
-def test_options_that_change_nothing_are_accepted(changes: dict, spec: BackboneSpec) -> None:
-    artifact = read_checkpoint(peft_files(peft_config(**changes)), NAMES, spec)
-    assert artifact.tensors.keys() == read_checkpoint(peft_files(), NAMES, spec).tensors.keys()
+def test_options_that_change_nothing_are_accepted(changes: dict, bert: Backbone) -> None:
+    artifact = read_checkpoint(peft_files(peft_config(**changes)), NAMES, bert)
+    assert artifact.tensors.keys() == read_checkpoint(peft_files(), NAMES, bert).tensors.keys()
 
 
 @pytest.mark.parametrize(
     "document",
     [b"", b"{", b"\xff\xfe", b"no", b"[]", b"null", b'"LORA"', b"[" * 100_000, b'{"a":' * 100_000, b'{"x": "\\ud800"}'],
 )
-def test_a_config_that_is_no_json_object(document: bytes, spec: BackboneSpec) -> None:
+def test_a_config_that_is_no_json_object(document: bytes, bert: Backbone) -> None:
     files = peft_files() | {CONFIG: document}
-    refused(lambda: read_checkpoint(files, NAMES, spec), CONFIG, "bad_file")
+    refused(lambda: read_checkpoint(files, NAMES, bert), CONFIG, "bad_file")
 
 
 @pytest.mark.parametrize(
@@ -273,21 +418,21 @@ def test_a_config_that_is_no_json_object(document: bytes, spec: BackboneSpec) ->
         ({A: torch.zeros(2, 32, dtype=torch.float8_e4m3fn)}, A, "wrong_dtype"),
     ],
 )
-def test_a_wrong_tensor_is_named(changes: dict, param: str, code: str, spec: BackboneSpec) -> None:
-    message = refused(lambda: read_checkpoint(with_tensors(**changes), NAMES, spec), param, code)
+def test_a_wrong_tensor_is_named(changes: dict, param: str, code: str, bert: Backbone) -> None:
+    message = refused(lambda: read_checkpoint(with_tensors(**changes), NAMES, bert), param, code)
     assert param in message
 
 
-def test_one_nan_among_many_numbers_is_found(spec: BackboneSpec) -> None:
+def test_one_nan_among_many_numbers_is_found(bert: Backbone) -> None:
     poisoned = peft_tensors()[B].clone()
     poisoned[31, 1] = float("nan")
-    refused(lambda: read_checkpoint(with_tensors(**{B: poisoned}), NAMES, spec), B, "not_finite")
+    refused(lambda: read_checkpoint(with_tensors(**{B: poisoned}), NAMES, bert), B, "not_finite")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_every_float_is_accepted_as_it_is(dtype: torch.dtype, spec: BackboneSpec) -> None:
+def test_every_float_is_accepted_as_it_is(dtype: torch.dtype, bert: Backbone) -> None:
     files = peft_files(tensors={name: tensor.to(dtype) for name, tensor in peft_tensors().items()})
-    artifact = read_checkpoint(files, NAMES, spec)
+    artifact = read_checkpoint(files, NAMES, bert)
     assert {tensor.dtype for tensor in artifact.tensors.values()} == {dtype}
 
 
@@ -309,25 +454,26 @@ def test_every_float_is_accepted_as_it_is(dtype: torch.dtype, spec: BackboneSpec
         ),
     ],
 )
-def test_an_adapter_of_another_backbone_is_refused_by_a_tensors_name(
-    tensors: dict, code: str, spec: BackboneSpec
-) -> None:
+def test_an_adapter_of_another_backbone_is_refused_by_a_tensors_name(tensors: dict, code: str, bert: Backbone) -> None:
     with pytest.raises(InvalidAdapter) as caught:
-        read_checkpoint(peft_files(tensors=tensors), NAMES, spec)
+        read_checkpoint(peft_files(tensors=tensors), NAMES, bert)
     assert caught.value.error_code == code
     assert caught.value.param in tensors or code == "missing_tensor"
     assert caught.value.param in caught.value.message
 
 
-def test_heads_that_are_not_one_linear_layer_are_refused(backbone_of: Callable[[str], Backbone]) -> None:
-    refused(lambda: read_checkpoint(peft_files(), NAMES, backbone_of("roberta").spec), "task_type", "unsupported_head")
+def test_the_head_of_another_family_is_refused(backbone_of: Callable[[str], Backbone]) -> None:
+    for family, param in (("roberta", "base_model.model.classifier.dense.weight"), ("llama", None)):
+        with pytest.raises(InvalidAdapter) as caught:
+            read_checkpoint(peft_files(), NAMES, backbone_of(family))
+        assert param is None or caught.value.error_code in ("missing_tensor", "unused_tensor")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 7, 8, 9, 100, -1])
-def test_truncated_tensors(keep: int, spec: BackboneSpec) -> None:
+def test_truncated_tensors(keep: int, bert: Backbone) -> None:
     files = peft_files()
     files[WEIGHTS] = files[WEIGHTS][:keep]
-    refused(lambda: read_checkpoint(files, NAMES, spec), WEIGHTS, "bad_file")
+    refused(lambda: read_checkpoint(files, NAMES, bert), WEIGHTS, "bad_file")
 
 
 def safetensors_file(header: Any, body: bytes = b"") -> bytes:
@@ -359,10 +505,11 @@ def test_what_is_no_safetensors_file(data: bytes) -> None:
     assert "\n" not in message
 
 
-def test_a_pickle_is_not_opened(spec: BackboneSpec) -> None:
+def test_a_pickle_is_not_opened(bert: Backbone) -> None:
     files = {CONFIG: peft_files()[CONFIG], "adapter_model.bin": b"\x80\x04."}
-    message = refused(lambda: read_checkpoint(files, NAMES, spec), "adapter_model.bin", "bad_file")
+    message = refused(lambda: read_checkpoint(files, NAMES, bert), "adapter_model.bin", "bad_file")
     assert "safe_serialization" in message
+    assert "adapterd convert" in message
 
 
 @pytest.mark.parametrize(
@@ -372,17 +519,189 @@ def test_a_pickle_is_not_opened(spec: BackboneSpec) -> None:
         ({"README.md": b""}, "files", "unknown_format"),
         ({WEIGHTS: b""}, "files", "unknown_format"),
         ({f"x{CONFIG}": b"", "MANIFEST.JSON": b""}, "files", "unknown_format"),
-        ({CONFIG: b"{}"}, WEIGHTS, "missing_file"),
-        ({f"a/{CONFIG}": b"{}", f"b/{WEIGHTS}": b""}, WEIGHTS, "missing_file"),
+        ({CONFIG: peft_files()[CONFIG]}, WEIGHTS, "missing_file"),
+        ({f"a/{CONFIG}": peft_files()[CONFIG], f"b/{WEIGHTS}": b""}, WEIGHTS, "missing_file"),
+        ({"config.json": b"{}"}, "model.safetensors", "missing_file"),
+        ({"a/config.json": b"{}", "b/config.json": b"{}"}, "files", "unknown_format"),
         ({"manifest.json": b"{}"}, "adapter.safetensors", "missing_file"),
         (peft_files() | peft_files(folder="other/"), "files", "unknown_format"),
         (peft_files() | {"manifest.json": b"{}"}, "files", "unknown_format"),
     ],
 )
-def test_not_exactly_one_adapter(files: Files, param: str, code: str, spec: BackboneSpec) -> None:
+def test_not_exactly_one_adapter(files: Files, param: str, code: str, bert: Backbone) -> None:
     labels = None if "manifest.json" in files else NAMES
-    message = refused(lambda: read_checkpoint(files, labels, spec), param, code)
+    message = refused(lambda: read_checkpoint(files, labels, bert), param, code)
     assert code != "unknown_format" or "accepted" in message
+
+
+# ------------------------------------------------------------------------------------------------------ AdapterHub
+
+
+def edited(case: str, place: str = "config", **changes: Any) -> Files:
+    """An AdapterHub checkpoint for the tiny BERT with other options; `...` drops one.
+
+    `place` is `config`, the adapter's configuration, `top`, what is around it, or `head`.
+    """
+    files = checkpoints("bert")[case].files
+    file = HUB_HEAD_CONFIG if place == "head" else CONFIG
+    document = json.loads(files[file])
+    options = document if place == "top" else document["config"]
+    options |= changes
+    for option in [option for option, value in options.items() if value is ...]:
+        del options[option]
+    return files | {file: json.dumps(document).encode()}
+
+
+def read_hub(files: Files, labels: list[str] | None = None) -> Artifact:
+    return read_checkpoint(files, labels, hub_backbone("bert"))
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "option", "value", "supported"),
+    [
+        ("seq_bn", "config", "architecture", "reft", "prompt_tuning"),
+        ("seq_bn", "config", "architecture", ["lora"], "prompt_tuning"),
+        ("seq_bn", "config", "non_linearity", "selu", "gelu_new"),
+        ("seq_bn", "config", "non_linearity", 3, None),
+        ("seq_bn", "config", "scaling", "huge", None),
+        ("seq_bn", "config", "residual_before_ln", "sometimes", None),
+        ("seq_bn", "config", "reduction_factor", 0, None),
+        ("seq_bn", "config", "reduction_factor", -2, None),
+        ("seq_bn", "config", "reduction_factor", "four", None),
+        ("seq_bn", "config", "an_option_of_tomorrow", True, "reduction_factor"),
+        ("seq_bn_inv", "config", "inv_adapter", "glow", "nice"),
+        ("lora", "config", "r", "four", "positive"),
+        ("lora", "config", "r", 0, "positive"),
+        ("lora", "config", "r", ..., "positive"),
+        ("lora", "config", "an_option_of_tomorrow", {"a": 1}, "attn_matrices"),
+        ("lora", "config", "composition_mode", "multiply", None),
+        ("ia3", "config", "use_dora", True, "composition_mode"),
+        ("prefix_tuning", "config", "prefix_length", None, "positive"),
+        ("prefix_tuning", "config", "bottleneck_size", -1, "positive"),
+        ("prefix_tuning", "config", "non_linearity", "prelu", "gelu_new"),
+        ("prompt_tuning", "config", "prompt_length", 1.5, "positive"),
+        ("prompt_tuning", "config", "combine", "suffix", None),
+        ("mam", "config", "configs", None, "list"),
+        ("mam", "config", "configs", ["lora"], "list"),
+        ("seq_bn", "top", "config", "pfeiffer", "whole"),
+        ("seq_bn", "head", "head_type", "question_answering", "tagging"),
+        ("seq_bn", "head", "head_type", ["classification"], "tagging"),
+        ("seq_bn", "head", "an_option_of_tomorrow", True, None),
+        ("seq_bn", "head", "layers", 0, "1 to 16"),
+        ("seq_bn", "head", "layers", 17, "1 to 16"),
+        ("seq_bn", "head", "layers", "two", "1 to 16"),
+        ("seq_bn", "head", "activation_function", "prelu", "gelu_new"),
+    ],
+)
+def test_an_unsupported_option_of_adapterhub_is_named(
+    case: str, place: str, option: str, value: Any, supported: str | None
+) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        read_hub(edited(case, place, **{option: value}))
+    # a condition on several options has no option of its own
+    assert str(caught.value.param).partition(".")[0] == option or f"a {option} has to be" in caught.value.message
+    assert (HUB_HEAD_CONFIG if place == "head" else CONFIG) in caught.value.message
+    if supported is not None:
+        assert "supported: " in caught.value.message
+        assert supported in caught.value.message.partition("supported: ")[2]
+
+
+@pytest.mark.parametrize(
+    ("place", "field", "value", "here"),
+    [
+        ("top", "model_type", "roberta", "'bert'"),
+        ("top", "hidden_size", 768, "32"),
+        ("top", "model_type", None, "'bert'"),
+    ],
+)
+def test_an_adapterhub_checkpoint_of_another_backbone(place: str, field: str, value: Any, here: str) -> None:
+    message = refused(lambda: read_hub(edited("seq_bn", place, **{field: value})), field, "wrong_backbone")
+    assert here in message
+    assert str(value) in message
+
+
+def test_an_adapterhub_checkpoint_of_another_family_is_refused(backbone_of: Callable[[str], Backbone]) -> None:
+    files = checkpoints("roberta")["lora"].files
+    refused(lambda: read_hub(files), "model_type", "wrong_backbone")
+    renamed = edited("lora", "top", model_type="mistral")
+    refused(lambda: read_checkpoint(renamed, None, backbone_of("mistral")), "model_type", "unsupported_method")
+
+
+@pytest.mark.parametrize(
+    ("drop", "param"),
+    [(HUB, HUB), (HUB_HEAD, HUB_HEAD), (HUB_HEAD_CONFIG, HUB_HEAD_CONFIG)],
+)
+def test_an_adapterhub_folder_without_one_of_its_files(drop: str, param: str) -> None:
+    files = {name: data for name, data in checkpoints("bert")["seq_bn"].files.items() if name != drop}
+    refused(lambda: read_hub(files), param, "missing_file")
+
+
+def test_one_tensor_in_both_files_of_an_adapterhub_folder() -> None:
+    files = checkpoints("bert")["seq_bn"].files
+    head = safetensors.torch.load(files[HUB_HEAD])
+    both = safetensors.torch.load(files[HUB]) | head
+    refused(lambda: read_hub(files | {HUB: safetensors.torch.save(both)}), min(head), "contradiction")
+
+
+@pytest.mark.parametrize("label2id", [{"a": 1, "b": 2, "c": 3}, {"a": 0, "b": 0, "c": 1}, {"a": 0, "b": "x", "c": []}])
+def test_labels_of_an_adapterhub_head_that_are_not_numbered(label2id: dict) -> None:
+    refused(lambda: read_hub(edited("seq_bn", "head", label2id=label2id)), "label2id")
+
+
+def test_labels_of_an_adapterhub_head_may_come_from_elsewhere() -> None:
+    files = edited("seq_bn", "head", label2id=None)
+    refused(lambda: read_hub(files), "labels", "missing_labels")
+    refused(lambda: read_hub(files, ["a", "b"]), "labels", "invalid_labels")
+    assert read_hub(files, NAMES).manifest.labels == tuple(NAMES)
+    side = {"labels.json": json.dumps(NAMES[::-1]).encode()}
+    assert read_hub(files | side).manifest.labels == tuple(NAMES[::-1])
+
+
+def test_the_same_adapterhub_files_are_the_same_version() -> None:
+    files = checkpoints("bert")["mam"].files
+    version = read_hub(files).version
+    assert read_hub({f"run/{path}": data for path, data in reversed(files.items())}).version == version
+    assert [part.method for part in read_hub(files).manifest.also] == ["bottleneck"]
+
+
+HUB_CASES = ("seq_bn", "double_seq_bn_inv", "compacter", "lora", "vera", "dora", "ia3", "ia3_gate", "prefix_tuning",
+             "prefix_flat", "prefix_gate", "prompt_tuning", "mam", "unipelt", "union_lora_inv", "legacy_lang",
+             "legacy_lora", "head_tagging2", "head_multilabel")  # fmt: skip
+FOREIGN = ("an_option_of_tomorrow", "phm_layer", "use_dora", "vera_d", "invertible_adapter", "id2label", "peft_type")
+ODD = (
+    ..., None, True, False, 0, -1, 1, 3, 1.5, 10**30, float("nan"), float("inf"), 1e-320, "", "relu", "\ud800", [],
+    [0], [[1]], ["q"], [10**30], {}, {"a": 1}, {"default": 0}, {"0": "x", "default": 1}, {"a": 0, "b": 0},
+    {"a": [], "b": {}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("place", ["top", "config", "head"])
+@pytest.mark.parametrize("case", HUB_CASES)
+def test_odd_values_of_every_adapterhub_field_harm_nothing(case: str, place: str) -> None:
+    document = json.loads(checkpoints("bert")[case].files[HUB_HEAD_CONFIG if place == "head" else CONFIG])
+    fields = [*(document if place == "top" else document["config"]), *FOREIGN]
+    rng = random.Random(f"{case} {place}")
+    for field in fields:
+        for value in rng.sample(ODD, 6):
+            harmless(lambda field=field, value=value: read_hub(edited(case, place, **{field: value})))
+
+
+@pytest.mark.parametrize(
+    ("case", "place", "field", "value"),
+    [
+        ("double_seq_bn_inv", "top", "name", ...),
+        ("mam", "config", "configs", []),
+        ("ia3", "config", "alpha", None),
+        ("ia3", "config", "alpha", 10**30),
+        ("ia3", "config", "alpha", "1"),
+        ("ia3", "config", "alpha", {}),
+        ("ia3", "config", "alpha", float("nan")),
+        ("lora", "config", "alpha", float("nan")),
+        ("lora", "config", "alpha", None),
+    ],
+)
+def test_values_that_fuzzing_found(case: str, place: str, field: str, value: Any) -> None:
+    harmless(lambda: read_hub(edited(case, place, **{field: value})))
 
 
 # ------------------------------------------------------------------------------------------------- our own artifact
@@ -392,15 +711,15 @@ def native_files(artifact: Artifact) -> Files:
     return {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
 
 
-def test_our_own_format_keeps_its_bytes_and_its_version(native: Artifact, spec: BackboneSpec) -> None:
-    read = read_checkpoint({f"x/{path}": data for path, data in native_files(native).items()}, None, spec)
+def test_our_own_format_keeps_its_bytes_and_its_version(native: Artifact, bert: Backbone) -> None:
+    read = read_checkpoint({f"x/{path}": data for path, data in native_files(native).items()}, None, bert)
     assert read.version == native.version
     assert (read.manifest_bytes, read.tensor_bytes) == (native.manifest_bytes, native.tensor_bytes)
     assert read.manifest == native.manifest
 
 
-def test_labels_beside_a_manifest_are_refused(native: Artifact, spec: BackboneSpec) -> None:
-    refused(lambda: read_checkpoint(native_files(native), NAMES, spec), "labels")
+def test_labels_beside_a_manifest_are_refused(native: Artifact, bert: Backbone) -> None:
+    refused(lambda: read_checkpoint(native_files(native), NAMES, bert), "labels")
 
 
 @pytest.mark.parametrize(
@@ -484,7 +803,7 @@ def test_a_version_does_not_depend_on_the_order_of_tensors_or_fields(native: Art
             "config.reduction_factor",
             "unsupported_option",
         ),
-        ({"method": "bottleneck", "config": {"non_linearity": "mish"}}, "config.non_linearity", "unsupported_option"),
+        ({"method": "bottleneck", "config": {"non_linearity": "prelu"}}, "config.non_linearity", "unsupported_option"),
         ({"method": "bottleneck", "config": {"output_adapter": False}}, "config", "unsupported_option"),
         ({"head": {"pooling": "max"}}, "head.pooling", "unsupported_option"),
         ({"head": {"dropout": 0.1}}, "head.dropout", "unsupported_option"),
@@ -492,7 +811,7 @@ def test_a_version_does_not_depend_on_the_order_of_tensors_or_fields(native: Art
         ({"labels": []}, "labels", "invalid_labels"),
     ],
 )
-def test_a_wrong_blueprint_names_the_field(changes: dict, param: str, code: str, spec: BackboneSpec) -> None:
+def test_a_wrong_blueprint_names_the_field(changes: dict, param: str, code: str, bert: Backbone) -> None:
     good = {
         "method": "lora",
         "config": {"target_modules": ["query"]},
@@ -500,13 +819,13 @@ def test_a_wrong_blueprint_names_the_field(changes: dict, param: str, code: str,
         "head": {},
         "labels": NAMES,
     }
-    Blueprint.check(**good, spec=spec)
-    refused(lambda: Blueprint.check(**good | changes, spec=spec), param, code)
+    Blueprint.check(**good, spec=bert.spec)
+    refused(lambda: Blueprint.check(**good | changes, spec=bert.spec), param, code)
 
 
 @pytest.mark.parametrize(("method", "options"), VARIANTS)
-def test_every_tensor_of_every_method_is_needed(method: str, options: dict, spec: BackboneSpec) -> None:
-    blueprint = make_blueprint(spec, method, options)
+def test_every_tensor_of_every_method_is_needed(method: str, options: dict, bert: Backbone) -> None:
+    blueprint = make_blueprint(bert.spec, method, options)
     tensors = random_tensors(blueprint, seed=0)
     blueprint.check_tensors(tensors)
     for name in tensors:
@@ -545,9 +864,9 @@ def special(kind: bytes, name: str = "x", target: str = "/etc/passwd") -> tarfil
     return info
 
 
-def test_loose_files_and_every_archive_give_the_same(spec: BackboneSpec) -> None:
+def test_loose_files_and_every_archive_give_the_same(bert: Backbone) -> None:
     files = peft_files(folder="run-7/")
-    expected = read_checkpoint(files, NAMES, spec).version
+    expected = read_checkpoint(files, NAMES, bert).version
     folder = special(tarfile.DIRTYPE, "run-7/")
     uploads = [
         [(name, data) for name, data in files.items()],
@@ -559,7 +878,7 @@ def test_loose_files_and_every_archive_give_the_same(spec: BackboneSpec) -> None
         [("adapter_config.json", files[f"run-7/{CONFIG}"]), ("w.zip", zipped({WEIGHTS: files[f"run-7/{WEIGHTS}"]}))],
     ]
     for upload in uploads:
-        assert read_checkpoint(gather(upload, LIMIT), NAMES, spec).version == expected
+        assert read_checkpoint(gather(upload, LIMIT), NAMES, bert).version == expected
 
 
 UNSAFE = ["../x", "a/../../x", "/etc/passwd", "..", ".", "", "a\\..\\b", "C:\\x", "a\0b", "//x"]
@@ -754,35 +1073,78 @@ json_values = st.recursive(
 
 @fuzz
 @given(data=st.binary(max_size=200))
-def test_random_bytes_harm_nothing(data: bytes, native: Artifact, spec: BackboneSpec) -> None:
+def test_random_bytes_harm_nothing(data: bytes, native: Artifact, bert: Backbone) -> None:
     good = peft_files()
     harmless(lambda: read_tensors("x", data))
     harmless(lambda: read_tensors("x", struct.pack("<Q", len(data)) + data))
     harmless(lambda: Artifact.parse(data, native.tensor_bytes))
-    harmless(lambda: read_checkpoint({CONFIG: data, WEIGHTS: good[WEIGHTS]}, NAMES, spec))
-    harmless(lambda: read_checkpoint(good | {"config.json": data}, None, spec))
+    harmless(lambda: read_checkpoint({CONFIG: data, WEIGHTS: good[WEIGHTS]}, NAMES, bert))
+    harmless(lambda: read_checkpoint(good | {"config.json": data}, None, bert))
     for name in ("a.zip", "a.tgz"):
         harmless(lambda name=name: gather([(name, data)], LIMIT))
     harmless(lambda: gather([("a.tgz", gzip.compress(data, 0))], LIMIT))
 
 
-@pytest.mark.parametrize("target", ["manifest", "tensors", "config", "zip", "tar", "gzip"])
-def test_damaged_files_harm_nothing(target: str, native: Artifact, spec: BackboneSpec) -> None:
+@pytest.mark.parametrize(
+    "target", ["manifest", "tensors", "config", "zip", "tar", "gzip", CONFIG, HUB, HUB_HEAD_CONFIG, HUB_HEAD]
+)
+def test_damaged_files_harm_nothing(target: str, native: Artifact, bert: Backbone) -> None:
     good = peft_files()
     plain_tar = gzip.decompress(tarred(("ünï" * 50, b"content"), *good.items(), format=tarfile.PAX_FORMAT))
     small = {"x.bin": bytes(range(256)) * 4}
     calls: dict[str, tuple[bytes, Callable[[bytes], Any]]] = {
         "manifest": (native.manifest_bytes, lambda data: Artifact.parse(data, native.tensor_bytes)),
-        "tensors": (good[WEIGHTS], lambda data: read_checkpoint(good | {WEIGHTS: data}, NAMES, spec)),
-        "config": (good[CONFIG], lambda data: read_checkpoint(good | {CONFIG: data}, NAMES, spec)),
+        "tensors": (good[WEIGHTS], lambda data: read_checkpoint(good | {WEIGHTS: data}, NAMES, bert)),
+        "config": (good[CONFIG], lambda data: read_checkpoint(good | {CONFIG: data}, NAMES, bert)),
         "zip": (zipped(small), lambda data: gather([("a.zip", data)], LIMIT)),
         "tar": (plain_tar, lambda data: gather([("a.tgz", gzip.compress(data, 0))], LIMIT)),
         "gzip": (gzip.compress(plain_tar), lambda data: gather([("a.tgz", data)], LIMIT)),
     }
+    hub = checkpoints("bert")["unipelt"].files
+    calls |= {name: (data, lambda data, name=name: read_hub(hub | {name: data})) for name, data in hub.items()}
     data, call = calls[target]
     call(data)
     for seed in range(400):
         harmless(lambda seed=seed: call(corrupt(data, seed)))
+
+
+PEFT_TYPES: dict[str, tuple[Files, dict[str, Any]]] = {
+    name: (files, json.loads(files[CONFIG]))
+    for name, files in {
+        "LORA": peft_files(),
+        "VERA": peft_files({"peft_type": "VERA", "r": 2, "target_modules": ["query"], "projection_prng_key": 3}),
+        "LOHA": peft_files({"peft_type": "LOHA", "r": 2, "alpha": 2, "target_modules": ["query"]}),
+        "LOKR": peft_files({"peft_type": "LOKR", "r": 2, "alpha": 2, "target_modules": ["query"]}),
+        "IA3": peft_files({"peft_type": "IA3", "target_modules": ["query"], "feedforward_modules": []}),
+        "LN_TUNING": peft_files({"peft_type": "LN_TUNING", "target_modules": ["LayerNorm"]}),
+        "PREFIX_TUNING": prompt_files(peft_type="PREFIX_TUNING", num_virtual_tokens=4),
+        "PROMPT_TUNING": prompt_files(peft_type="PROMPT_TUNING", num_virtual_tokens=4),
+        "P_TUNING": prompt_files(peft_type="P_TUNING", num_virtual_tokens=4),
+    }.items()
+}
+
+
+@pytest.mark.parametrize("peft_type", PEFT_TYPES)
+def test_odd_values_of_every_peft_field_harm_nothing(peft_type: str, bert: Backbone) -> None:
+    files, config = PEFT_TYPES[peft_type]
+    options = {*config, *TYPES[peft_type].options, *TYPES[peft_type].handled, *TYPES[peft_type].inert, "tomorrow"}
+    for option in sorted(options):
+        for value in ODD:
+            changed = {key: one for key, one in (config | {option: value}).items() if one is not ...}
+            document = json.dumps(changed).encode()
+            harmless(lambda document=document: read_checkpoint(files | {CONFIG: document}, NAMES, bert))
+
+
+@fuzz
+@given(
+    case=st.sampled_from(HUB_CASES),
+    place=st.sampled_from(["top", "config", "head"]),
+    option=st.sampled_from(["r", "alpha", "configs", "name", "scaling", "reduction_factor", "label2id", "layers"])
+    | st.text(max_size=5),
+    value=json_values,
+)
+def test_any_value_of_any_adapterhub_option_harms_nothing(case: str, place: str, option: str, value: Any) -> None:
+    harmless(lambda: read_hub(edited(case, place, **{option: value})))
 
 
 @fuzz
@@ -790,8 +1152,8 @@ def test_damaged_files_harm_nothing(target: str, native: Artifact, spec: Backbon
 @example(option="peft_version", value="\ud800")
 @example(option="base_model_name_or_path", value="\ud800")
 @example(option="\ud800", value=True)
-def test_any_value_of_any_peft_option_harms_nothing(option: str, value: Any, spec: BackboneSpec) -> None:
-    harmless(lambda: read_checkpoint(peft_files(peft_config(**{option: value})), NAMES, spec))
+def test_any_value_of_any_peft_option_harms_nothing(option: str, value: Any, bert: Backbone) -> None:
+    harmless(lambda: read_checkpoint(peft_files(peft_config(**{option: value})), NAMES, bert))
 
 
 @fuzz
@@ -800,14 +1162,16 @@ def test_any_value_of_any_peft_option_harms_nothing(option: str, value: Any, spe
     value=json_values,
 )
 def test_any_value_of_any_manifest_field_harms_nothing(
-    field: str, value: Any, native: Artifact, spec: BackboneSpec
+    field: str, value: Any, native: Artifact, bert: Backbone
 ) -> None:
     document = json.loads(native.manifest_bytes) | {field: value}
 
     def load() -> None:
         manifest = Artifact.parse(json.dumps(document).encode(), native.tensor_bytes).manifest
         fields = ("method", "config", "task", "head", "labels")
-        Blueprint.check(**{name: getattr(manifest, name) for name in fields}, spec=spec).check_tensors(native.tensors)
+        Blueprint.check(**{name: getattr(manifest, name) for name in fields}, spec=bert.spec).check_tensors(
+            native.tensors
+        )
 
     harmless(load)
 
@@ -820,11 +1184,11 @@ def test_any_value_of_any_manifest_field_harms_nothing(
     ),
     value=json_values | st.floats(min_value=0, max_value=1e-300),
 )
-def test_any_hyperparameter_harms_nothing(method: str, option: str, value: Any, spec: BackboneSpec) -> None:
+def test_any_hyperparameter_harms_nothing(method: str, option: str, value: Any, bert: Backbone) -> None:
     base = {"lora": {"target_modules": ["query"]}, "bottleneck": {}}[method]
     harmless(
         lambda: Blueprint.check(
-            method=method, config=base | {option: value}, task="classification", head={}, labels=NAMES, spec=spec
+            method=method, config=base | {option: value}, task="classification", head={}, labels=NAMES, spec=bert.spec
         ).shapes()
     )
 

@@ -1,28 +1,37 @@
 """The service over HTTP, in process, on the real backbone: answers, uploads, refusals."""
 
+import copy
 import gzip
 import io
 import json
 import tarfile
 import threading
+import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import peft_references as peft
 import pytest
 import safetensors.torch
 import torch
 from peft import LoraConfig, get_peft_model
 from pydantic import ValidationError
 from starlette.testclient import TestClient
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from test_parity_adapterhub import checkpoints, hub_model
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
+from server.adapters import METHODS
 from server.api.schemas import ClassifyBody
 from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
 from server.backbone.source import resolve
+from server.backbone.tokenizer import Tokenizer
 from server.core import Encoding
 from server.engine.runner import Row
 from server.settings import Settings
@@ -411,7 +420,7 @@ def test_more_scores_than_an_answer_should_hold(client: TestClient, minilm: Back
     assert "128000 scores" in message
     first, second = scores(classify(client, "many", ["a"] * 64, top_k=2))[0], scores(classify(client, "many", "a"))[0]
     assert len(second) == 2_000
-    assert list(first.items()) == [pytest.approx(one) for one in list(second.items())[:2]]
+    assert list(first.items()) == [pytest.approx(one, abs=1e-6) for one in list(second.items())[:2]]
 
 
 def test_the_body_has_to_say_that_it_is_json(client: TestClient) -> None:
@@ -574,9 +583,10 @@ def test_bad_peft_uploads(
     refused(put(client, "fresh", files, labels=three, extra="1"), 422, "extra")
     config = json.loads(files["adapter_config.json"])
     dora = files | {"adapter_config.json": json.dumps(config | {"use_dora": True}).encode()}
-    assert "use_dora" in refused(put(client, "fresh", dora, labels=three), 422, "use_dora")
-    ia3 = files | {"adapter_config.json": json.dumps(config | {"peft_type": "IA3"}).encode()}
-    assert "LORA" in refused(put(client, "fresh", ia3, labels=three), 422, "peft_type")
+    message = refused(put(client, "fresh", dora, labels=three), 422, code="missing_tensor")
+    assert "attention.self.query.lora_magnitude_vector" in message
+    oft = files | {"adapter_config.json": json.dumps(config | {"peft_type": "OFT"}).encode()}
+    assert "LORA" in refused(put(client, "fresh", oft, labels=three), 422, "peft_type", "unsupported_option")
     tensors = safetensors.torch.load(files["adapter_model.safetensors"])
     half = {name: tensor[..., : tensor.shape[-1] // 2].contiguous() for name, tensor in tensors.items()}
     half |= {name: tensor for name, tensor in tensors.items() if "bias" in name}
@@ -588,7 +598,7 @@ def test_bad_peft_uploads(
     files_scalar = files | {"adapter_model.safetensors": safetensors.torch.save(scalar)}
     refused(put(client, "fresh", files_scalar, labels=three), 422, "base_model.model.classifier.weight", "wrong_shape")
     for config, param in (
-        ({"problem_type": "multi_label_classification"}, "problem_type"),
+        ({"problem_type": "regression"}, "problem_type"),
         ({"model_type": "roberta"}, "model_type"),
         ({"hidden_size": 1024}, "hidden_size"),
     ):
@@ -598,6 +608,270 @@ def test_bad_peft_uploads(
     refused(put(client, "fresh", shifted), 422, "id2label")
     assert everything(store) == before
     still_works(client)
+
+
+# --- checkpoints of every library and method, on a tiny BERT
+
+
+class Reference(NamedTuple):
+    """A checkpoint, and the probabilities that its own library gives for some texts."""
+
+    files: Files
+    labels: list[str]
+    texts: list[str]
+    scores: list[list[float]]
+
+
+def tiny_bert() -> Backbone:
+    """The backbone of the AdapterHub fixtures. The text `t5 t9` has the token ids 5, 9 and no others."""
+    fast = FastTokenizer(WordLevel({f"t{index}": index for index in range(64)}, unk_token="t3"))
+    fast.pre_tokenizer = Whitespace()
+    return Backbone(hub_model("bert"), Tokenizer(fast, 64), "tiny", device=torch.device("cpu"), dtype=torch.float32)
+
+
+def as_text(encoding: Encoding) -> str:
+    return " ".join(f"t{index}" for index in encoding.ids)
+
+
+def hub_reference(case: str) -> Reference:
+    files, labels, answers = checkpoints("bert")[case]
+    head = json.loads(files["head_config.json"])["config"]
+    if labels is None:
+        labels = sorted(head["label2id"], key=head["label2id"].__getitem__)
+    several = head["head_type"] == "multilabel_classification"
+    scores = [(one.sigmoid() if several else one.softmax(-1)).tolist() for one in answers.logits]
+    return Reference(files, labels, [as_text(text) for text in answers.texts], scores)
+
+
+def hub_classifier(labels: int) -> PreTrainedModel:
+    """transformers' classifier over the same weights."""
+    base = hub_model("bert")
+    config = copy.deepcopy(base.config)
+    config.num_labels, config._name_or_path = labels, ""
+    torch.manual_seed(labels)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.base_model.load_state_dict(base.state_dict())
+    return model
+
+
+PEFT_TEXTS = [Encoding(ids, (0,) * len(ids), truncated=False) for ids in ((7, 30, 12, 9), (44,), tuple(range(5, 40)))]
+
+PEFT_CONFIGS: dict[str, Callable[[peft.Names], Any]] = {
+    "lora": peft.lora,
+    "lora-rslora": lambda n: peft.lora(n, use_rslora=True, target_modules=n.linear, rank_pattern={"query": 2}),
+    "lora-bias-all": lambda n: peft.lora(n, bias="all"),
+    "dora": lambda n: peft.lora(n, use_dora=True),
+    "vera": peft.vera,
+    "loha": peft.loha,
+    "lokr": peft.lokr,
+    "ia3": peft.ia3,
+    "prefix": peft.prefix,
+    "prompt": peft.prompt,
+    "p-tuning": peft.p_tuning,
+    "norms": lambda n: peft.norms(n, target_modules=list(n.norms)),
+}
+
+
+def peft_reference(name: str) -> Reference:
+    index = list(PEFT_CONFIGS).index(name)
+    with torch.random.fork_rng():
+        trained = peft.train_model(hub_classifier(2 + index % 4), PEFT_CONFIGS[name](peft.BERT), PEFT_TEXTS)
+    labels = [f"{name} {i}" for i in range(len(trained.labels))]
+    texts = [as_text(text) for text in PEFT_TEXTS]
+    return Reference(trained.files, labels, texts, [one.softmax(-1).tolist() for one in trained.logits])
+
+
+@torch.no_grad()
+def classifier_reference(tmp_path: Path, labels: int, *, biases: bool) -> Reference:
+    with torch.random.fork_rng():
+        model = hub_classifier(labels)
+        for name, parameter in model.named_parameters():
+            if name.startswith("classifier") or (biases and "encoder" in name and name.endswith(".bias")):
+                parameter.add_(torch.randn(parameter.shape) * 0.3)
+    names = [f"class {i}" for i in range(labels)]
+    model.config.id2label, model.config.label2id = dict(enumerate(names)), {name: i for i, name in enumerate(names)}
+    model.save_pretrained(tmp_path)
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    inputs = [torch.tensor([text.ids]) for text in PEFT_TEXTS]
+    scores = [model(input_ids=ids).logits[0].softmax(-1).tolist() for ids in inputs]
+    return Reference(files, names, [as_text(text) for text in PEFT_TEXTS], scores)
+
+
+HUB_CASES = ("seq_bn", "double_seq_bn", "par_bn", "seq_bn_inv", "compacter", "lora_alpha", "lora_gate", "dvora", "ia3",
+             "prefix_tuning", "prompt_after_bos", "mam", "unipelt", "union_prompt_lora", "head_multilabel")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reference]:
+    """Checkpoints of one backbone from three libraries, of different methods, heads and label counts."""
+    return {
+        **{f"peft-{name}": peft_reference(name) for name in PEFT_CONFIGS},
+        **{f"hub-{case}": hub_reference(case) for case in HUB_CASES},
+        "probe": classifier_reference(tmp_path_factory.mktemp("probe"), 3, biases=False),
+        "bitfit": classifier_reference(tmp_path_factory.mktemp("bitfit"), 5, biases=True),
+    }
+
+
+@pytest.fixture(scope="module")
+def tiny_store() -> AdapterStore:
+    return AdapterStore.open("memory://")
+
+
+@pytest.fixture(scope="module")
+def tiny_client(tiny_store: AdapterStore) -> Iterator[TestClient]:
+    app = create_app(Settings(), backbone=tiny_bert(), store=tiny_store)
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield client
+
+
+class Held:
+    """The device's thread, held back; notes the batches that it is given."""
+
+    def __init__(self, worker: Any) -> None:
+        self.batches: list[list[Row]] = []
+        self.gate = threading.Event()
+        self._worker, self._run = worker, worker._runner.run
+
+    def run(self, rows: Sequence[Row]) -> list[Any]:
+        self.batches.append(list(rows))
+        assert self.gate.wait(30)
+        return list(self._run(rows))
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        end = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < end
+            time.sleep(0.005)
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")  # PEFT says so of the norms
+def test_every_method_of_every_library_in_one_batch(
+    tiny_client: TestClient, references: dict[str, Reference], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uploads them all, then one request to each at the same time: one forward, and each library's own numbers."""
+    methods, counts = set(), set()
+    for name, reference in references.items():
+        form = {} if name in ("probe", "bitfit") else {"labels": json.dumps(reference.labels)}
+        answer = put(tiny_client, name, reference.files, **form)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["labels"] == reference.labels
+        methods.add(answer.json()["method"])
+        counts.add(len(reference.labels))
+    assert len(references) == 29
+    assert methods >= {"lora", "dora", "vera", "loha", "lokr", "ia3", "bottleneck", "compacter", "prefix_tuning",
+                       "prompt_tuning", "p_tuning", "ln_tuning", "bitfit", "head_only"}  # fmt: skip
+    assert len(counts) >= 4
+    worker = tiny_client.app.state.engine._worker  # type: ignore[attr-defined]
+    held = Held(worker)
+    forwards: list[int] = []
+    forward = worker._runner._backbone.forward
+    with monkeypatch.context() as patched, ThreadPoolExecutor(len(references) + 1) as pool:
+        patched.setattr(worker._runner, "run", held.run)
+        patched.setattr(
+            worker._runner._backbone,
+            "forward",
+            lambda texts, *rest: forwards.append(len(texts)) or forward(texts, *rest),
+        )
+        first = pool.submit(classify, tiny_client, "probe", "t5")
+        held.wait_for(lambda: len(held.batches) == 1)  # the device is busy
+        requests = {
+            name: pool.submit(classify, tiny_client, name, reference.texts) for name, reference in references.items()
+        }
+        waiting = sum(len(reference.texts) for reference in references.values())
+        held.wait_for(lambda: len(worker._scheduler._queue) == waiting)
+        held.gate.set()
+        assert first.result().status_code == 200
+        answers = {name: request.result() for name, request in requests.items()}
+    assert [len(batch) for batch in held.batches] == [1, waiting]
+    assert len({id(row.adapter) for row in held.batches[1]}) == len(references)
+    assert forwards == [1, waiting]
+    for name, reference in references.items():
+        for row, expected in zip(scores(answers[name]), reference.scores, strict=True):
+            assert [row[label] for label in reference.labels] == pytest.approx(expected, abs=1e-4), name
+        alone = scores(classify(tiny_client, name, reference.texts[0]))[0]
+        assert alone == pytest.approx(scores(answers[name])[0], abs=1e-5)
+
+
+def test_a_tagger_does_not_classify(tiny_client: TestClient) -> None:
+    tagger = checkpoints("bert")["head_tagging"].files
+    assert put(tiny_client, "tagger", tagger).json()["task"] == "tagging"
+    message = refused(classify(tiny_client, "tagger", "t5 t9"), 409, "adapter", "wrong_task")
+    assert "tagging" in message
+
+
+def repacked(files: Files, file: str, edit: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Files:
+    return files | {file: safetensors.torch.save(edit(safetensors.torch.load(files[file])))}
+
+
+def reconfigured(files: Files, file: str, **changes: Any) -> Files:
+    document = json.loads(files[file])
+    options = document["config"] if isinstance(document.get("config"), dict) and "name" in document else document
+    options |= changes
+    return files | {file: json.dumps(document).encode()}
+
+
+def bad_checkpoints(references: dict[str, Reference]) -> Iterator[tuple[str, Files, str | None]]:
+    """(what, files, the param that the error names)."""
+    hub, lora, probe = (references[name].files for name in ("hub-seq_bn", "peft-lora", "probe"))
+    weights, peft_weights, whole = "adapter.safetensors", "adapter_model.safetensors", "model.safetensors"
+    down = "bert.encoder.layer.0.output.adapters.zebra.adapter_down.0.weight"
+    query = "base_model.model.bert.encoder.layer.0.attention.self.query.lora_A.weight"
+    body = "bert.encoder.layer.0.attention.self.query.weight"
+    assert down in safetensors.torch.load(hub[weights])
+    for title, files, file, tensor in (
+        ("AdapterHub", hub, weights, down),
+        ("PEFT", lora, peft_weights, query),
+        ("head", probe, whole, "classifier.weight"),
+    ):
+        yield f"{title}: NaN", repacked(files, file, lambda all, t=tensor: all | {t: all[t] * float("nan")}), tensor
+        yield f"{title}: shape", repacked(files, file, lambda all, t=tensor: all | {t: torch.zeros(3, 5)}), tensor
+        yield f"{title}: unused", repacked(files, file, lambda all: all | {"extra": torch.zeros(3)}), "extra"
+        fewer = repacked(files, file, lambda all, t=tensor: {name: one for name, one in all.items() if name != t})
+        yield f"{title}: missing", fewer, None
+        yield f"{title}: truncated", files | {file: files[file][:-1]}, file
+        yield f"{title}: no tensors", {name: data for name, data in files.items() if name != file}, file
+    yield "another body", repacked(probe, whole, lambda all: all | {body: all[body] + 1e-3}), body
+    yield "half a body", repacked(probe, whole, lambda all: {n: t for n, t in all.items() if n != body}), None
+    yield "another family", reconfigured(probe, "config.json", model_type="electra"), "model_type"
+    smaller = hub["adapter_config.json"].replace(b'"hidden_size": 32', b'"hidden_size": 64')
+    yield "another size", hub | {"adapter_config.json": smaller}, "hidden_size"
+    yield "another head", reconfigured(hub, "head_config.json", head_type="dependency_parsing"), "head_type"
+    yield "an activation", reconfigured(hub, "adapter_config.json", non_linearity="selu"), "non_linearity"
+    yield "an architecture", checkpoints("bert")["loreft"].files, "architecture"
+    yield "a pickle", checkpoints("bert")["seq_bn_bin"].files, "pytorch_adapter.bin"
+    yield (
+        "PEFT's pickle",
+        {"adapter_config.json": lora["adapter_config.json"], "adapter_model.bin": b""},
+        "adapter_model.bin",
+    )
+    yield "a pickled model", {"config.json": probe["config.json"], "pytorch_model.bin": b""}, "pytorch_model.bin"
+    yield "a peft_type", reconfigured(lora, "adapter_config.json", peft_type="BOFT"), "peft_type"
+    yield (
+        "an evil pattern",
+        reconfigured(lora, "adapter_config.json", target_modules=r"(?:\w|\w|[a-z]|\.)*[A-Z]"),
+        "target_modules",
+    )
+    yield "no pattern", reconfigured(lora, "adapter_config.json", target_modules="("), "target_modules"
+    yield "a rank", reconfigured(lora, "adapter_config.json", r=10**12), None
+    yield "two adapters", {**lora, **{f"other/{name}": data for name, data in hub.items()}}, "files"
+    yield "no labels", {name: data for name, data in lora.items() if name != "config.json"}, "labels"
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
+def test_a_bad_checkpoint_of_any_library_names_its_fault_and_changes_nothing(
+    tiny_client: TestClient, tiny_store: AdapterStore, references: dict[str, Reference]
+) -> None:
+    good = references["hub-seq_bn"]
+    put(tiny_client, "good", good.files)
+    before, serving = everything(tiny_store), classify(tiny_client, "good", good.texts).json()
+    for what, files, param in bad_checkpoints(references):
+        form = {"labels": json.dumps(references["peft-lora"].labels)} if what.startswith("PEFT: ") else {}
+        for name in ("fresh", "good"):
+            answer = put(tiny_client, name, files, **form)
+            assert answer.status_code == 422, (what, answer.text)
+            refused(answer, 422, param)
+            assert everything(tiny_store) == before, what
+    assert classify(tiny_client, "good", good.texts).json() == serving
 
 
 @pytest.mark.parametrize("name", ["..%2Fescape", "a%2Fb", ".hidden", "a..b", "a%0a", "%20", "x" * 129, "caf%C3%A9"])
@@ -689,7 +963,7 @@ def test_health_and_info(client: TestClient, minilm: Backbone) -> None:
     assert info["backbone"]["fingerprint"] == minilm.spec.fingerprint
     assert info["backbone"]["dtype"] == "float32"
     assert info["backbone"]["layout"] == "packed"
-    assert info["methods"] == ["lora", "bottleneck"]
+    assert info["methods"] == list(METHODS)
     assert info["limits"]["max_inputs"] == 64
 
 

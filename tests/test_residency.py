@@ -21,7 +21,7 @@ VERSIONS = [digit * 64 for digit in "abc"]
 
 
 def adapter(nbytes: int) -> TaskAdapter:
-    return TaskAdapter(AdapterWeights(None, {}), None, None, ("a", "b"), nbytes)  # type: ignore[arg-type]
+    return TaskAdapter(AdapterWeights(()), None, None, ("a", "b"), nbytes)  # type: ignore[arg-type]
 
 
 @pytest.fixture

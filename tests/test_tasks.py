@@ -1,18 +1,38 @@
-"""The classification task: outputs to answers, loss, and a head to train."""
+"""The tasks: outputs to answers, losses, heads, and one to train."""
 
 import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import LABELS, make_blueprint, random_adapter, random_text, run
 from torch import Tensor
 
 from server.adapters.states import TextStates
 from server.backbone.backbone import Backbone
 from server.core import LabelScore, Pooling
+from server.errors import InvalidAdapter
 from server.tasks import TASKS
+from server.tasks.adapter import Blueprint
+from server.tasks.head import hidden_name
 
 TASK = TASKS["classification"]
+MULTI_LABEL = TASKS["multi_label_classification"]
+TAGGING = TASKS["tagging"]
+
+
+def states_of(lengths: list[int], virtual: list[tuple[int, int]] | None = None) -> TextStates:
+    """Random states [tokens, 4] of texts of these lengths."""
+    tokens = torch.randn(sum(lengths), 4, generator=torch.Generator().manual_seed(0))
+    return TextStates(tokens, lengths, virtual or [(0, 0)] * len(lengths), None)
+
+
+def head_tensors(task: str, bert: Backbone, labels: int, **options: object) -> tuple[object, dict[str, Tensor]]:
+    """A random head: its config and its tensors by their names in the artifact."""
+    config = TASKS[task].Config(**options)
+    shapes = TASKS[task].shapes(config, LABELS[:labels], bert.spec)
+    generator = torch.Generator().manual_seed(1)
+    return config, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 def test_every_label_is_answered_best_first() -> None:
@@ -51,13 +71,14 @@ def test_no_texts_have_no_answers() -> None:
 
 
 def test_a_head_reads_its_own_texts_and_its_own_pooling() -> None:
-    tokens = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
-    states = TextStates(tokens, [2, 3, 4], None)
+    states = states_of([2, 3, 4])
+    tokens = states.tokens
     weight, bias = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 2.0, 3.0])
     tensors = {"head/classifier.weight": weight, "head/classifier.bias": bias}
     pooled: dict[Pooling, list[Tensor]] = {
         Pooling.MEAN: [part.mean(0) for part in tokens.split([2, 3, 4])],
         Pooling.CLS: [tokens[0], tokens[2], tokens[5]],
+        Pooling.LAST: [tokens[1], tokens[4], tokens[8]],
     }
     for pooling, vectors in pooled.items():
         head = TASK.bind(TASK.Config(pooling=pooling), tensors)
@@ -65,6 +86,137 @@ def test_a_head_reads_its_own_texts_and_its_own_pooling() -> None:
         torch.testing.assert_close(TASK.apply(head, states, 0, 3), expected)
         torch.testing.assert_close(TASK.apply(head, states, 1, 2), expected[1:2])
         assert TASK.apply(head, states, 1, 1).shape == (0, 3)
+
+
+def test_the_mean_counts_virtual_tokens_and_the_first_may_be_one() -> None:
+    """As PEFT and AdapterHub do it: what joins the text is part of it for a head that pools."""
+    states = states_of([5, 3], [(0, 2), (1, 1)])
+    torch.testing.assert_close(states.pooled(Pooling.MEAN)[0], states.tokens[:5].mean(0))
+    torch.testing.assert_close(states.pooled(Pooling.CLS), states.tokens[[0, 5]])
+
+
+@pytest.mark.parametrize("task", ["classification", "multi_label_classification", "tagging"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bias": False},
+        {"hidden_layers": 1},
+        {"hidden_layers": 2, "activation": "gelu_new", "bias": False},
+        {"hidden_layers": 1, "activation": None, "hidden_bias": False},
+        {"hidden_layers": 1, "activation": "RELU", "norm_eps": 1e-5},
+        {"norm_eps": 0.1},
+    ],
+    ids=str,
+)
+def test_a_head_is_its_layers_in_order(task: str, options: dict, bert: Backbone) -> None:
+    config, tensors = head_tensors(task, bert, 3, **options)
+    hidden = options.get("hidden_layers", 0)
+    assert len(tensors) == (
+        hidden * (2 if options.get("hidden_bias", True) else 1)
+        + ("norm_eps" in options)
+        + 1
+        + options.get("bias", True)
+    )
+    states = torch.randn(5, 32, generator=torch.Generator().manual_seed(2))
+    expected = states
+    activation = {
+        "gelu_new": lambda x: F.gelu(x, approximate="tanh"), "relu": torch.relu, "tanh": torch.tanh, None: lambda x: x
+    }[options["activation"].lower() if options.get("activation") else options.get("activation", "tanh")]  # fmt: skip
+    for index in range(hidden):
+        bias = tensors.get(hidden_name(index, "bias"), torch.zeros(32))
+        expected = activation(expected @ tensors[hidden_name(index, "weight")].T + bias)
+    if "norm_eps" in options:
+        centered = expected - expected.mean(-1, keepdim=True)
+        scale = (centered.square().mean(-1, keepdim=True) + options["norm_eps"]).sqrt()
+        expected = centered / scale * tensors["head/norm.weight"]
+    expected = expected @ tensors["head/classifier.weight"].T + tensors.get("head/classifier.bias", torch.zeros(3))
+    bound = TASKS[task].bind(config, {name: tensor.double() for name, tensor in tensors.items()})
+    texts = TextStates(states, [1] * 5, [(0, 0)] * 5, None)
+    outputs = TASKS[task].apply(bound, texts, 0, 5)
+    outputs = torch.cat(outputs) if task == "tagging" else outputs
+    assert outputs.dtype == torch.float32
+    torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"hidden_layers": -1}, "hidden_layers"),
+        ({"hidden_layers": 17}, "hidden_layers"),
+        ({"hidden_layers": 10**30}, "hidden_layers"),
+        ({"activation": "prelu"}, "activation"),
+        ({"activation": 3}, "activation"),
+        ({"norm_eps": 0}, "norm_eps"),
+        ({"norm_eps": float("nan")}, "norm_eps"),
+        ({"dropout": 0.1}, "dropout"),
+    ],
+)
+def test_a_heads_options_are_checked(task: str, options: dict, param: str, bert: Backbone) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        Blueprint.check(method="head_only", config={}, task=task, head=options, labels=LABELS[:2], spec=bert.spec)
+    assert caught.value.param == f"head.{param}"
+
+
+def test_each_label_of_many_has_a_probability_of_its_own() -> None:
+    outputs = torch.tensor([[0.0, 3.0, -1.0], [100.0, -100.0, 100.0]])
+    first, second = MULTI_LABEL.decode(outputs, LABELS[:3])
+    assert [one.label for one in first] == ["bee", "ant", "cat"]
+    assert {one.label: one.score for one in first} == pytest.approx(
+        dict(zip(LABELS, outputs[0].sigmoid().tolist(), strict=False))
+    )
+    assert [(one.label, one.score) for one in second] == [("ant", 1.0), ("cat", 1.0), ("bee", pytest.approx(0))]
+    assert [[one.label for one in labels] for labels in MULTI_LABEL.decode(outputs, LABELS[:3], 1)] == [
+        ["bee"],
+        ["ant"],
+    ]
+
+
+def test_the_loss_of_many_labels_is_that_of_each() -> None:
+    outputs = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
+    targets = torch.tensor([[1, 0], [0, 1]])
+    each = torch.where(targets.bool(), outputs.sigmoid(), 1 - outputs.sigmoid())
+    assert MULTI_LABEL.loss(outputs, targets).item() == pytest.approx(-each.log().mean().item())
+
+
+@pytest.mark.parametrize(("task", "enough"), [("classification", 2), ("multi_label_classification", 1), ("tagging", 2)])
+def test_tasks_want_labels_to_choose_from(task: str, enough: int, bert: Backbone) -> None:
+    config = TASKS[task].Config()
+    TASKS[task].check(config, LABELS[:enough], bert.spec)
+    with pytest.raises(InvalidAdapter) as caught:
+        TASKS[task].check(config, LABELS[: enough - 1], bert.spec)
+    assert (caught.value.param, caught.value.error_code) == ("labels", "invalid_labels")
+
+
+def test_tags_are_of_a_texts_own_tokens() -> None:
+    states = states_of([4, 5, 3], [(0, 2), (1, 3), (0, 0)])
+    own = [states.tokens[2:4], states.tokens[[4, 8]], states.tokens[9:12]]
+    weight, bias = torch.randn(3, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1.0, 2.0, 3.0])
+    head = TAGGING.bind(TAGGING.Config(), {"head/classifier.weight": weight, "head/classifier.bias": bias})
+    outputs = TAGGING.apply(head, states, 0, 3)
+    assert [text.shape for text in outputs] == [(2, 3), (2, 3), (3, 3)]
+    for text, tokens in zip(outputs, own, strict=True):
+        torch.testing.assert_close(text, tokens @ weight.T + bias)
+    (last,) = TAGGING.apply(head, states, 2, 3)
+    torch.testing.assert_close(last, outputs[2])
+
+
+def test_a_tag_is_the_best_label_of_its_token() -> None:
+    outputs = [torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([[1.0, 1.0]])]
+    first, second = TAGGING.decode(outputs, LABELS[:2])
+    best = outputs[0].softmax(-1).max(-1).values.tolist()
+    assert first == [LabelScore("bee", best[0]), LabelScore("ant", best[1])]
+    assert second == [LabelScore("ant", 0.5)]
+    assert not TAGGING.classifies
+    assert TASK.classifies
+    assert MULTI_LABEL.classifies
+
+
+def test_tokens_without_a_tag_do_not_count() -> None:
+    outputs = [torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([[5.0, 1.0]])]
+    expected = -torch.cat(outputs).log_softmax(-1)[[0, 2], [1, 0]].mean()
+    torch.testing.assert_close(TAGGING.loss(outputs, torch.tensor([1, -100, 0])), expected)
 
 
 def test_the_loss_falls_as_the_right_label_rises() -> None:
@@ -78,14 +230,14 @@ def test_a_fresh_head_learns(bert: Backbone) -> None:
     """A few steps through the code that serves, on an adapter and a head from `init`."""
     blueprint = make_blueprint(bert.spec, "lora", {}, labels=LABELS[:2])
     tensors = {
-        name: tensor.requires_grad_() for name, tensor in blueprint.init(torch.Generator().manual_seed(0)).items()
+        name: tensor.requires_grad_() for name, tensor in blueprint.init(bert, torch.Generator().manual_seed(0)).items()
     }
     texts = [random_text(length, seed=length) for length in (4, 9, 6, 12)]
     targets = torch.tensor([0, 1, 0, 1])
     optimizer = torch.optim.Adam(tensors.values(), lr=0.02)
     losses = []
     for _ in range(30):
-        adapter = blueprint.bind(tensors, bert.device, bert.dtype)
+        adapter = blueprint.bind(tensors, bert)
         answers = run(bert, [(text, adapter) for text in texts])
         loss = TASK.loss(torch.stack([answer.logits for answer in answers]), targets)
         optimizer.zero_grad()

@@ -19,7 +19,7 @@ from server.tasks.adapter import TaskAdapter
 
 
 def adapter(label: str) -> TaskAdapter:
-    return TaskAdapter(AdapterWeights(None, {}), TASKS["classification"], None, (label,), 0)  # type: ignore[arg-type]
+    return TaskAdapter(AdapterWeights(()), TASKS["classification"], None, (label,), 0)
 
 
 GOOD, OTHER, BAD = adapter("good"), adapter("other"), adapter("bad")
