@@ -5,7 +5,7 @@ own contiguous slice of the token axis; `plan.py` runs many of them in one batch
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
@@ -139,8 +139,9 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
     def apply_run(self, weights: Sequence[WeightsT], flow: Flow) -> Iterator[Tensor]:
         """The same for adapters whose rows lie side by side; `flow.texts` has one entry for each.
 
-        Gives the result in pieces, in the order of the rows; a piece may cover several adapters. A method whose small
-        products are worth joining does so here; this one goes slice by slice.
+        Gives the result in pieces, in the order of the rows; a piece may cover several adapters. Where the flow owns
+        its y, a piece may be y's own rows, changed in place. A method whose small products are worth joining does so
+        here; this one goes slice by slice.
         """
         for own, part in zip(weights, flow.split(), strict=True):
             yield self.apply(own, part)
@@ -215,12 +216,15 @@ class AdapterWeights:
     parts: tuple[BoundPart, ...]
     alone: bool = False
     """Has the forward to itself: it acts at a site that all rows share."""
+    form: tuple[str, ...] = ()
+    """Methods and hyperparameters. Adapters of the same form, side by side, are computed together best."""
 
     @classmethod
-    def of(cls, parts: Iterable[BoundPart], spec: BackboneSpec) -> "AdapterWeights":
-        """The whole of the parts."""
-        whole = tuple(parts)
-        return cls(whole, any(spec.sites[site].reach is Reach.SHARED for part in whole for site in part.sites))
+    def of(cls, parts: Sequence[Part], tensors: Mapping[str, Tensor], host: Host) -> "AdapterWeights":
+        """Binds all parts of an adapter to checked tensors."""
+        bound = tuple(part.bind(tensors, host) for part in parts)
+        shared = any(host.spec.sites[site].reach is Reach.SHARED for part in bound for site in part.sites)
+        return cls(bound, shared, tuple(f"{part.method.name} {part.config.model_dump_json()}" for part in parts))
 
     @property
     def method(self) -> Method:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from server.adapters.base import AdapterMethod, Shape, unsupported
 from server.adapters.flow import Flow
-from server.adapters.joined import row_groups
+from server.adapters.joined import row_groups, shifted
 from server.adapters.targets import TargetConfig, select
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 from server.errors import InvalidAdapter
@@ -78,4 +78,4 @@ class Bitfit(AdapterMethod[BitfitConfig, BitfitWeights]):
         """Some neighbours at a time."""
         for first, end in row_groups(flow):
             part = flow.cut(first, end)
-            yield part.y + part.per_row([own.delta for own in weights[first:end]])
+            yield shifted(part.y, [own.delta for own in weights[first:end]], part)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from server.adapters.activations import ACTIVATIONS, ActivationName
 from server.adapters.base import AdapterMethod, MethodConfig, Shape, unsupported
 from server.adapters.flow import Flow, Gate
-from server.adapters.joined import groups, others
+from server.adapters.joined import columns, groups, others
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 from server.errors import InvalidAdapter
 
@@ -213,7 +213,7 @@ class Bottleneck(AdapterMethod[BottleneckConfig, BottleneckWeights]):
         done = 0
         for _, same in groupby(weights, key=lambda own: own.form):
             alike = list(same)
-            for first, end in groups([own.down.shape[0] for own in alike]):
+            for first, end in groups([own.down.shape[0] for own in alike], columns(alike[0].down)):
                 yield _together(alike[first:end], flow.cut(done + first, done + end))
             done += len(alike)
 

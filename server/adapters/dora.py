@@ -56,7 +56,7 @@ class Dora(Lora):
         assert isinstance(config, DoraConfig)
         a, b, _, _, gate = super().bind(config, site, params, shared, module)
         assert b is not None  # LoRA always has both factors
-        delta = (a @ b).t()  # [size_out, size_in]
+        delta = b.t() @ a  # [size_out, size_in]
         if config.unscaled_norm:
             delta = delta / config.scale(site)
         ratio = params["lora_magnitude_vector"] / (frozen_weight(module) + delta).norm(dim=1)

@@ -60,10 +60,17 @@ class Flow:
     Made several times at each site of each forward, so it is plain and has slots.
     """
 
-    __slots__ = ("_offsets", "h", "shared", "texts", "x", "y")
+    __slots__ = ("_offsets", "h", "owned", "shared", "texts", "x", "y")
 
     def __init__(
-        self, x: Tensor, y: Tensor, texts: Sequence[Texts], h: Tensor | None = None, shared: Shared | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        texts: Sequence[Texts],
+        h: Tensor | None = None,
+        shared: Shared | None = None,
+        *,
+        owned: bool = False,
     ) -> None:
         """See the fields. `shared` lives as long as the forward, for what is the same at all its sites."""
         self.x = x
@@ -76,6 +83,8 @@ class Flow:
         self.h = h
         """At a residual site, the sub-layer's output before it joins the stream."""
         self.shared: Shared = {} if shared is None else shared
+        self.owned = owned
+        """Whether `apply_run` may change y itself instead of making a piece: never while gradients are recorded."""
         self._offsets: list[int] | None = None
 
     @property
@@ -100,7 +109,7 @@ class Flow:
             return self
         rows = slice(self.offsets[first], self.offsets[end])
         h = self.h[rows] if self.h is not None else None
-        return Flow(self.x[rows], self.y[rows], self.texts[first:end], h, self.shared)
+        return Flow(self.x[rows], self.y[rows], self.texts[first:end], h, self.shared, owned=self.owned)
 
     def per_row(self, vectors: Sequence[Tensor]) -> Tensor:
         """One vector [n] per adapter -> each row's own, [rows, n] ([n] for a single adapter: it broadcasts)."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from server.adapters.base import AdapterMethod, Shape
 from server.adapters.flow import Flow, Gate
-from server.adapters.joined import row_groups
+from server.adapters.joined import row_groups, scaled
 from server.adapters.targets import MAX_TARGETS, TargetConfig, find_sites, matching, select
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 
@@ -106,4 +106,4 @@ class Ia3(AdapterMethod[Ia3Config, Ia3Weights]):
             return
         for first, end in row_groups(flow):
             part = flow.cut(first, end)
-            yield part.y * part.per_row([own.vector for own in weights[first:end]])
+            yield scaled(part.y, [own.vector for own in weights[first:end]], part)

@@ -10,16 +10,22 @@ from torch import Tensor
 from server.adapters.flow import Flow, Gate
 
 JOINED_COLUMNS = 64
-"""Ranks of neighbouring adapters that are multiplied together, up to this sum. On a CPU, for 64 adapters of rank 8,
-float32 is slower beyond it, bfloat16 slower below it and hardly faster beyond."""
-
+FLOAT32_CPU_COLUMNS = 24
+"""Ranks of neighbouring adapters that are multiplied together, up to this sum. Joining multiplies more than needed and
+calls less. On a CPU, for 64 adapters of rank 8, bfloat16 gains up to 64 columns; float32, whose small products are
+quick, only up to 16 or 32."""
 
 JOINED_ROWS = 256
 """Rows of neighbouring adapters that are scaled or shifted together, up to this sum: few enough to stay in a core's
 cache, many enough that calls do not count."""
 
 
-def groups(sizes: Sequence[int], limit: int = JOINED_COLUMNS) -> Iterator[tuple[int, int]]:
+def columns(like: Tensor) -> int:
+    """How many columns of such products to join."""
+    return FLOAT32_CPU_COLUMNS if like.dtype == torch.float32 and like.device.type == "cpu" else JOINED_COLUMNS
+
+
+def groups(sizes: Sequence[int], limit: int) -> Iterator[tuple[int, int]]:
     """Neighbours to join, as (first, one past the last): as many as the limit holds, at least one."""
     first = total = 0
     for index, size in enumerate(sizes):
@@ -36,6 +42,18 @@ def row_groups(flow: Flow) -> Iterator[tuple[int, int]]:
     return groups(flow.lengths, JOINED_ROWS)
 
 
+def scaled(y: Tensor, vectors: Sequence[Tensor], flow: Flow) -> Tensor:
+    """y with each row multiplied by its adapter's vector; y itself where the flow owns it."""
+    own = flow.per_row(vectors)
+    return y.mul_(own) if flow.owned else y * own
+
+
+def shifted(y: Tensor, vectors: Sequence[Tensor], flow: Flow) -> Tensor:
+    """The same with the vectors added."""
+    own = flow.per_row(vectors)
+    return y.add_(own) if flow.owned else y + own
+
+
 def others(ranks: Sequence[int], flow: Flow) -> Tensor:
     """[rows, columns]: True where a column of the joined adapters belongs to another adapter than the row."""
     key = (tuple(ranks), flow.lengths)
@@ -49,8 +67,8 @@ def others(ranks: Sequence[int], flow: Flow) -> Tensor:
 class LowRank(NamedTuple):
     """y * scale + shift + gate * x A B at one site, where scale, shift and gate may be missing."""
 
-    a: Tensor  # [size_in, rank]
-    b: Tensor | None  # [rank, size_out]; None where A is the whole product, [size_in, size_out]
+    a: Tensor  # [rank, size_in]
+    b: Tensor | None  # [rank, size_out]; None where A is the whole product, [size_out, size_in]
     shift: Tensor | None = None  # [size_out]
     scale: Tensor | None = None  # [size_out]
     gate: Gate | None = None
@@ -58,43 +76,48 @@ class LowRank(NamedTuple):
     @property
     def columns(self) -> int:
         """What it counts for when products are joined: what cannot be joined fills a group."""
-        return JOINED_COLUMNS if self.b is None or self.gate is not None else self.a.shape[1]
+        return JOINED_COLUMNS if self.b is None or self.gate is not None else self.a.shape[0]
 
 
 def low_rank(weights: LowRank, flow: Flow) -> Tensor:
     """One adapter's."""
     y = _scaled_and_shifted([weights], flow)
     if flow.x.dim() == 1:  # ids: an embedding is the product with a one-hot matrix
-        low = F.embedding(flow.x, weights.a)
+        low = F.embedding(flow.x, weights.a.t())
         return y + low if weights.b is None else torch.addmm(y, low, weights.b)
+    low = F.linear(flow.x, weights.a)
     if weights.b is None:
-        return torch.addmm(y, flow.x, weights.a)
-    low = flow.x @ weights.a
+        return y + low
     return torch.addmm(y, low if weights.gate is None else low * weights.gate.per_row(flow.x, flow.texts[0]), weights.b)
 
 
 def low_rank_run(weights: Sequence[LowRank], flow: Flow) -> Iterator[Tensor]:
     """Joins the products of neighbours: one `x @ [A1 A2 ...]`, of which each row keeps its own adapter's columns, and
-    one `@ [B1; B2; ...]`.
-
-    That multiplies more than needed, by as many adapters as are joined, and calls less; see JOINED_COLUMNS.
+    one `@ [B1; B2; ...]`. See JOINED_COLUMNS.
     """
-    for first, end in groups([JOINED_COLUMNS if flow.x.dim() == 1 else own.columns for own in weights]):
+    limit = columns(flow.y)
+    sizes = [limit if flow.x.dim() == 1 else own.columns for own in weights]
+    for first, end in groups(sizes, limit):
         part, group = flow.cut(first, end), weights[first:end]
-        if len(group) == 1:
+        factors = [own.b for own in group if own.b is not None]
+        if len(group) == 1 and (flow.x.dim() == 1 or not factors or group[0].gate is not None):
             yield low_rank(group[0], part)
             continue
-        factors = [own.b for own in group if own.b is not None]
-        # filled rather than multiplied by zero: a neighbour's overflow times zero would not be zero
-        mask = others([own.a.shape[1] for own in group], part)
-        low = (part.x @ torch.cat([own.a for own in group], dim=1)).masked_fill(mask, 0)
-        yield torch.addmm(_scaled_and_shifted(group, part), low, torch.cat(factors))
+        if len(group) == 1:
+            low, b = F.linear(part.x, group[0].a), factors[0]
+        else:
+            # filled rather than multiplied by zero: a neighbour's overflow times zero would not be zero
+            mask = others([own.a.shape[0] for own in group], part)
+            low = F.linear(part.x, torch.cat([own.a for own in group])).masked_fill(mask, 0)
+            b = torch.cat(factors)
+        y = _scaled_and_shifted(group, part)
+        yield y.addmm_(low, b) if part.owned else torch.addmm(y, low, b)
 
 
 def _scaled_and_shifted(weights: Sequence[LowRank], flow: Flow) -> Tensor:
     y = flow.y
     if any(own.scale is not None for own in weights):
-        y = y * flow.per_row([y.new_ones(y.shape[1]) if own.scale is None else own.scale for own in weights])
+        y = scaled(y, [y.new_ones(y.shape[1]) if own.scale is None else own.scale for own in weights], flow)
     if any(own.shift is not None for own in weights):
-        y = y + flow.per_row([y.new_zeros(y.shape[1]) if own.shift is None else own.shift for own in weights])
+        y = shifted(y, [y.new_zeros(y.shape[1]) if own.shift is None else own.shift for own in weights], flow)
     return y

@@ -67,10 +67,10 @@ class Loha(AdapterMethod[LohaConfig, LowRank]):
         rank = w1_a.shape[1] * w2_a.shape[1]
         if rank >= min(w1_a.shape[0], w1_b.shape[1]):
             delta = (w1_a @ w1_b) * (w2_a @ w2_b) * scale
-            return LowRank(delta.t().contiguous(), None)
+            return LowRank(delta.contiguous(), None)
         b = (w1_a[:, :, None] * w2_a[:, None, :]).flatten(1) * scale  # [size_out, r^2]
         a = (w1_b[:, None, :] * w2_b[None, :, :]).flatten(0, 1)  # [r^2, size_in]
-        return LowRank(a.t().contiguous(), b.t().contiguous())
+        return LowRank(a.contiguous(), b.t().contiguous())
 
     def apply(self, weights: LowRank, flow: Flow) -> Tensor:
         """y + x A B."""

@@ -105,7 +105,7 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
         """Transposes both factors and folds the scale into B."""
         scale = config.scale(site)
         suffix = "_embedding" if site.kind is SiteKind.EMBEDDING else ""
-        a = params[f"lora{suffix}_A"].t().contiguous()
+        a = params[f"lora{suffix}_A"].contiguous()
         b = (params[f"lora{suffix}_B"] * scale).t().contiguous()
         shift = params["lora_B_bias"] * scale if "lora_B_bias" in params else None
         gate = Gate(params["gate.weight"], params["gate.bias"]) if "gate.weight" in params else None

@@ -55,10 +55,10 @@ class _Run:
     weights: list[Any] = field(default_factory=list)
     texts: list[Texts] = field(default_factory=list)
 
-    def apply(self, x: Tensor, y: Tensor, h: Tensor | None, shared: Shared) -> Iterator[Tensor]:
+    def apply(self, x: Tensor, y: Tensor, h: Tensor | None, shared: Shared, *, owned: bool = False) -> Iterator[Tensor]:
         """The rows of the run after its adapters, in pieces; the arguments are all rows."""
         own = slice(self.start, self.end)
-        flow = Flow(x[own], y[own], self.texts, h[own] if h is not None else None, shared)
+        flow = Flow(x[own], y[own], self.texts, h[own] if h is not None else None, shared, owned=owned)
         return self.method.apply_run(self.weights, flow)
 
 
@@ -151,8 +151,10 @@ class AdapterPlan:
                 continue
             for run in runs:
                 start = run.start
-                for piece in run.apply(x, y, h, self._shared):
-                    y[start : start + piece.shape[0]] = piece
+                for piece in run.apply(x, y, h, self._shared, owned=True):
+                    target = y[start : start + piece.shape[0]]
+                    if piece.data_ptr() != target.data_ptr():  # else it has been changed in place already
+                        target.copy_(piece)
                     start += piece.shape[0]
         return y
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import re
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -105,6 +106,7 @@ class Backbone:
         self._outputs: dict[Site, Tensor] = {}
         self._reaches: dict[Site, Reach] = {}
         self._bare: dict[Site, nn.Module] = {}
+        self._last_readers: set[Site] = set()
         self._attachments = find_sites(model, model.config)
         for site, attachment in self._attachments.items():
             self._attach(site, attachment)
@@ -116,6 +118,7 @@ class Backbone:
         self.packed = self._choose_layout()
         self._reaches = self._find_reaches()
         self._per_text = {site for site, reach in self._reaches.items() if reach is Reach.TEXTS}
+        self._last_readers = self._find_last_readers()
         family = FAMILIES.get(model.config.model_type)
         classifier = family.classifier(model.config) if family else None
         self.spec = BackboneSpec(
@@ -335,8 +338,8 @@ class Backbone:
             if not self._acts_at(site):
                 return None
             x = inputs[0].flatten(0, -2)
-            # a copy, since what enters a layer is not this layer's own
-            return (self._adapted(site, x, x.clone()).view_as(inputs[0]), *inputs[1:])
+            own = x if site in self._last_readers else x.clone()  # others may still read what enters this layer
+            return (self._adapted(site, x, own).view_as(inputs[0]), *inputs[1:])
 
         return hook
 
@@ -464,6 +467,38 @@ class Backbone:
             elif listed and rows in forward.rows[site] and site.kind is not SiteKind.EMBEDDING:
                 reaches[site] = Reach.SHARED
         return reaches
+
+    @torch.inference_mode()
+    def _find_last_readers(self) -> set[Site]:
+        """The linear layers whose input nobody reads after them, so that an adapter may change it in place.
+
+        Found by spoiling it: what enters a layer is made NaN once the layer has run, and the states stay finite or not.
+        Copying it instead costs as much as some layers do. Layers of the same name are tried together.
+        """
+        kinds: defaultdict[str, list[Site]] = defaultdict(list)
+        for site, reach in self._reaches.items():
+            if site.kind is SiteKind.LINEAR_INPUT and reach is Reach.TOKENS and self.device.type != "meta":
+                kinds[re.sub(r"\d+", "", site.name)].append(site)
+        row = self._row(self._probe(min(PROBE_TOKENS, self.tokenizer.max_tokens)), Framing())
+
+        frozen = {tensor.untyped_storage().data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers())}
+        kept: set[Site] = set()  # what enters is a tensor of the model itself
+
+        def spoil(site: Site, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if inputs[0].untyped_storage().data_ptr() in frozen:
+                kept.add(site)
+            else:
+                inputs[0].fill_(float("nan"))
+
+        last: set[Site] = set()
+        for sites in kinds.values():
+            hooks = [self._attachments[site].module.register_forward_hook(partial(spoil, site)) for site in sites]
+            states = self._states([row], NO_ADAPTERS)
+            for hook in hooks:
+                hook.remove()
+            if bool(states.isfinite().all()):
+                last.update(sites)
+        return last - kept
 
     def _site_specs(self, classifier: ClassifierSpec | None) -> dict[Site, SiteSpec]:
         # A pooler that the family's classifiers do not have is no target of adapters that were trained in one.

@@ -33,9 +33,9 @@ class Row:
         return len(self.text) + self.adapter.weights.framing.virtual_tokens
 
     @property
-    def run(self) -> tuple[str, int, bool, int]:
-        """Rows with the same key run as one and are decoded alike; a method's rows come side by side."""
-        return self.adapter.weights.method.name, id(self.adapter), self.raw, self.top_k or 0
+    def run(self) -> tuple[tuple[str, ...], int, bool, int]:
+        """Rows with the same key run as one and are decoded alike; adapters of one form come side by side."""
+        return self.adapter.weights.form, id(self.adapter), self.raw, self.top_k or 0
 
 
 class Runner:

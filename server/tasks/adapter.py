@@ -107,7 +107,7 @@ class Blueprint:
             for name, tensor in tensors.items()
         }
         return TaskAdapter(
-            weights=AdapterWeights.of([part.bind(placed, host) for part in self.parts], self.spec),
+            weights=AdapterWeights.of(self.parts, placed, host),
             task=self.task,
             head=self.task.bind(self.head, placed),
             labels=self.labels,
