@@ -78,6 +78,7 @@ async def put_adapter(
         release=published.release.number,
         created=published.created,
         method=manifest.method,
+        also=[part.method for part in manifest.also],
         task=manifest.task,
         labels=list(manifest.labels),
         source=manifest.source,

@@ -113,6 +113,7 @@ class UploadAnswer(BaseModel):
     release: int
     created: bool = Field(description="False where the same content was serving already.")
     method: str
+    also: list[str] = Field(description="Further methods of the same adapter.")
     task: str
     labels: list[str]
     source: str
