@@ -5,36 +5,27 @@ Khatri-Rao products of the four. So it is applied as LoRA is, unless the matrix 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from server.adapters import lycoris
-from server.adapters.base import AdapterMethod, Shape
+from server.adapters.base import Shape
 from server.adapters.flow import Flow
 from server.adapters.joined import LowRank, low_rank, low_rank_run
-from server.adapters.lycoris import LycorisConfig
-from server.core import BackboneSpec, Site, SiteSpec
+from server.adapters.lycoris import LycorisConfig, LycorisMethod
+from server.core import Site, SiteSpec
 
 
 class LohaConfig(LycorisConfig):
     """PEFT's names."""
 
 
-class Loha(AdapterMethod[LohaConfig, LowRank]):
+class Loha(LycorisMethod[LohaConfig, LowRank]):
     """Low-rank Hadamard product."""
 
     name = "loha"
     Config = LohaConfig
-
-    def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
-        """PEFT's selectors and patterns resolved."""
-        return lycoris.complete(options, spec)
-
-    def sites(self, config: LohaConfig, spec: BackboneSpec) -> list[Site]:
-        """The linear layers that the targets name."""
-        return config.sites(spec)
 
     def shapes(self, config: LohaConfig, site: Site, at: SiteSpec) -> dict[str, Shape]:
         """PEFT's names."""

@@ -4,17 +4,17 @@ It is never multiplied out: with x as a matrix X of the factors' sizes, (W1 kron
 """
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from pydantic import field_validator
 from torch import Tensor, nn
 
 from server.adapters import lycoris
-from server.adapters.base import AdapterMethod, Shape
+from server.adapters.base import Shape
 from server.adapters.flow import Flow
-from server.adapters.lycoris import LycorisConfig
-from server.core import BackboneSpec, Site, SiteSpec
+from server.adapters.lycoris import LycorisConfig, LycorisMethod
+from server.core import Site, SiteSpec
 
 
 class LokrConfig(LycorisConfig):
@@ -59,19 +59,11 @@ def factorized(size: int, factor: int) -> tuple[int, int]:
     return (best[0], best[1]) if best[0] <= best[1] else (best[1], best[0])
 
 
-class Lokr(AdapterMethod[LokrConfig, LokrWeights]):
+class Lokr(LycorisMethod[LokrConfig, LokrWeights]):
     """Low-rank Kronecker product."""
 
     name = "lokr"
     Config = LokrConfig
-
-    def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
-        """PEFT's selectors and patterns resolved."""
-        return lycoris.complete(options, spec)
-
-    def sites(self, config: LokrConfig, spec: BackboneSpec) -> list[Site]:
-        """The linear layers that the targets name."""
-        return config.sites(spec)
 
     def shapes(self, config: LokrConfig, site: Site, at: SiteSpec) -> dict[str, Shape]:
         """PEFT's names. Each factor is whole, or itself a product of rank r where that is smaller."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from server.adapters.base import AdapterMethod, Shape
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import LowRank, low_rank, low_rank_run
-from server.adapters.targets import TargetConfig, find_sites, per_target, select
+from server.adapters.targets import TargetConfig, find_sites, per_target, select, with_default
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 
 KINDS = (SiteKind.LINEAR, SiteKind.EMBEDDING)
@@ -53,8 +53,7 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
 
     def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
         """PEFT's selectors and patterns resolved; the attention's query and value by default, as in the paper."""
-        targets = spec.named("query", "value") or spec.named("query_key_value")
-        chosen = select({"target_modules": targets or None, **options}, spec, KINDS)
+        chosen = select(with_default(options, spec), spec, KINDS)
         if not chosen.get("target_modules"):
             return {name: value for name, value in chosen.items() if name != "target_modules"}
         paths = [site.name for site in find_sites(chosen["target_modules"], spec, KINDS)]

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from pydantic import Field, FiniteFloat
 from torch import Tensor
 
-from server.adapters.targets import TargetConfig, per_target, select
+from server.adapters.base import AdapterMethod
+from server.adapters.targets import TargetConfig, per_target, select, with_default
 from server.core import BackboneSpec, Site
 
 
@@ -31,16 +32,26 @@ class LycorisConfig(TargetConfig):
         return self.alpha_pattern.get(site.name, self.alpha) / self.rank(site)
 
 
-def complete(options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
-    """PEFT's selectors and patterns resolved; the attention's query and value by default."""
-    targets = spec.named("query", "value") or spec.named("query_key_value")
-    chosen = select({"target_modules": targets or None, **options}, spec)
-    if "target_modules" in chosen:
-        paths = [site.name for site in LycorisConfig(target_modules=chosen["target_modules"]).sites(spec)]
-        for field in ("rank_pattern", "alpha_pattern"):
-            if field in chosen:
-                chosen[field] = per_target(chosen, field, paths, spec)
-    return {name: value for name, value in chosen.items() if value is not None}
+ConfigT = TypeVar("ConfigT", bound=LycorisConfig)
+WeightsT = TypeVar("WeightsT")
+
+
+class LycorisMethod(AdapterMethod[ConfigT, WeightsT]):
+    """What both do with targets and patterns."""
+
+    def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
+        """PEFT's selectors and patterns resolved; the attention's query and value by default."""
+        chosen = select(with_default(options, spec), spec)
+        if "target_modules" in chosen:
+            paths = [site.name for site in LycorisConfig(target_modules=chosen["target_modules"]).sites(spec)]
+            for field in ("rank_pattern", "alpha_pattern"):
+                if field in chosen:
+                    chosen[field] = per_target(chosen, field, paths, spec)
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def sites(self, config: ConfigT, spec: BackboneSpec) -> list[Site]:
+        """The linear layers that the targets name."""
+        return config.sites(spec)
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

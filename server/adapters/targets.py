@@ -102,6 +102,12 @@ def select(
     return rest | {"target_modules": _shortest(names, chosen, paths, spec)}
 
 
+def with_default(options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
+    """The options, with the attention's query and value as targets where they name none, as in LoRA's paper."""
+    targets = spec.named("query", "value") or spec.named("query_key_value")
+    return {"target_modules": targets or None, **options}
+
+
 def per_target(options: Mapping[str, Any], field: str, paths: Iterable[str], spec: BackboneSpec) -> dict[str, Any]:
     """PEFT's `rank_pattern` and the like, patterns -> values, as module paths -> values.
 

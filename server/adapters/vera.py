@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from server.adapters.base import AdapterMethod, Host, Shape, frozen_weight
 from server.adapters.flow import Flow
-from server.adapters.targets import TargetConfig, select
+from server.adapters.targets import TargetConfig, select, with_default
 from server.core import BackboneSpec, Site, SiteSpec
 
 
@@ -67,8 +67,7 @@ class Vera(AdapterMethod[VeraConfig, VeraWeights]):
 
     def complete(self, options: Mapping[str, Any], spec: BackboneSpec) -> dict[str, Any]:
         """PEFT's selectors resolved; the attention's query and value by default."""
-        targets = spec.named("query", "value") or spec.named("query_key_value")
-        return select({"target_modules": targets or None, **options}, spec)
+        return select(with_default(options, spec), spec)
 
     def sites(self, config: VeraConfig, spec: BackboneSpec) -> list[Site]:
         """The linear layers that the targets name."""

@@ -27,6 +27,7 @@ from server.store.formats.reading import (
     label_names,
     read_json,
     refusal,
+    refuse_pickle,
 )
 from server.tasks.head import BIAS, WEIGHT, hidden_name
 
@@ -475,13 +476,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
             code="unsupported_method",
         )
     for file, pickle in PICKLES.items():
-        if file not in files and pickle in files:
-            raise InvalidAdapter(
-                f"{pickle} is a pickle, which this server does not open; make it {file} with `adapterd convert "
-                "SOURCE_FOLDER TARGET_FOLDER`, or save the adapter with use_safetensors=True",
-                param=pickle,
-                code="bad_file",
-            )
+        refuse_pickle(files, file, pickle, "use_safetensors=True")
     config = _config(document)
     name = document.get("name")
     if not isinstance(name, str) or not name:

@@ -22,6 +22,7 @@ from server.store.formats.reading import (
     label_names,
     model_config,
     problem_task,
+    refuse_pickle,
     rows,
 )
 
@@ -47,13 +48,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
             param="architectures",
             code="unsupported_option",
         )
-    if TENSORS not in files and PICKLE in files:
-        raise InvalidAdapter(
-            f"{PICKLE} is a pickle, which this server does not open; make it {TENSORS} with `adapterd convert "
-            "SOURCE_FOLDER TARGET_FOLDER`",
-            param=PICKLE,
-            code="bad_file",
-        )
+    refuse_pickle(files, TENSORS, PICKLE)
     task = problem_task(model)
     checkpoint = Checkpoint(read_tensors(TENSORS, required(files, TENSORS)), host)
     names = _names(checkpoint)

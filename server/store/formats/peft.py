@@ -25,6 +25,7 @@ from server.store.formats.reading import (
     problem_task,
     read_json,
     refusal,
+    refuse_pickle,
     rows,
 )
 
@@ -143,13 +144,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
     """The artifact of a PEFT folder. Every tensor of it is consumed, or refused by the name that it has there."""
     spec = host.spec
     options = read_json(files, CONFIG)
-    if TENSORS not in files and PICKLE in files:
-        raise InvalidAdapter(
-            f"{PICKLE} is a pickle, which this server does not open; make it {TENSORS} with `adapterd convert "
-            "SOURCE_FOLDER TARGET_FOLDER`, or save the adapter with save_pretrained(..., safe_serialization=True)",
-            param=PICKLE,
-            code="bad_file",
-        )
+    refuse_pickle(files, TENSORS, PICKLE, "save_pretrained(..., safe_serialization=True)")
     method, config = _method(options, spec)
     model = model_config(files, host)
     task = problem_task(model)

@@ -199,6 +199,17 @@ def _parsed(files: Mapping[str, bytes], name: str) -> Any:
         raise InvalidAdapter(f"{name} is not JSON: {error}", param=name, code="bad_file") from error
 
 
+def refuse_pickle(files: Mapping[str, bytes], file: str, pickle: str, flag: str = "") -> None:
+    """Refuses a checkpoint whose tensors are pickled; `flag` makes its library save them as `file`."""
+    if file not in files and pickle in files:
+        raise InvalidAdapter(
+            f"{pickle} is a pickle, which this server does not open; make it {file} with `adapterd convert "
+            "SOURCE_FOLDER TARGET_FOLDER`" + (f", or save the adapter with {flag}" if flag else ""),
+            param=pickle,
+            code="bad_file",
+        )
+
+
 def model_config(files: Mapping[str, bytes], host: Host) -> dict[str, Any]:
     """The whole model's config.json, if it is there. It has to say what the backbone's own says."""
     model = read_json(files, MODEL_CONFIG) if MODEL_CONFIG in files else {}
