@@ -195,6 +195,22 @@ class Part:
         return BoundPart(method, sites, method.framing(config))
 
 
+def memory(bound: Any) -> int:
+    """Bytes of the tensors in bound weights. What adapters share counts for each of them."""
+    storages: dict[int, int] = {}
+    waiting = [bound]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            storages[id(storage) if value.is_meta else storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    return sum(storages.values())
+
+
 def tensor_name(site: Site, param: str) -> str:
     """The name of a site's parameter in the neutral artifact: `linear:encoder.layer.0...query/lora_A`."""
     return f"{site}/{param}"
@@ -216,6 +232,8 @@ class AdapterWeights:
     parts: tuple[BoundPart, ...]
     alone: bool = False
     """Has the forward to itself: it acts at a site that all rows share."""
+    nbytes: int = 0
+    """Memory of what has been bound: more than the stored tensors, where those are multiplied out."""
     form: tuple[str, ...] = ()
     """Methods and hyperparameters. Adapters of the same form, side by side, are computed together best."""
 
@@ -224,7 +242,8 @@ class AdapterWeights:
         """Binds all parts of an adapter to checked tensors."""
         bound = tuple(part.bind(tensors, host) for part in parts)
         shared = any(host.spec.sites[site].reach is Reach.SHARED for part in bound for site in part.sites)
-        return cls(bound, shared, tuple(f"{part.method.name} {part.config.model_dump_json()}" for part in parts))
+        size = memory([part.sites for part in bound])
+        return cls(bound, shared, size, tuple(f"{part.method.name} {part.config.model_dump_json()}" for part in parts))
 
     @property
     def method(self) -> Method:

@@ -7,7 +7,7 @@ W_i [in / n, out / n], often products of low rank. Names and options are those o
 from collections.abc import Mapping
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from server.adapters.activations import ActivationName
@@ -21,6 +21,7 @@ class CompacterConfig(BottleneckConfig):
     """A bottleneck adapter's, and AdapterHub's `phm_` options."""
 
     reduction_factor: float | dict[str, float] = 32.0
+    """At least 0.25: a few small tensors multiply out to projections of any size."""
     non_linearity: ActivationName = "gelu"
     phm_dim: int = Field(4, ge=1, le=1024)
     """n."""
@@ -35,6 +36,13 @@ class CompacterConfig(BottleneckConfig):
     """The rules are products of rank 1."""
     shared_phm_rule: bool = True
     """All layers have the same rules."""
+
+    @field_validator("reduction_factor")
+    @classmethod
+    def _stays_small(cls, value: float | dict[str, float]) -> float | dict[str, float]:
+        if min(value.values() if isinstance(value, dict) else (value,), default=1.0) < 0.25:
+            raise ValueError("has to be at least 0.25 with phm layers")
+        return value
 
 
 class Compacter(Bottleneck):

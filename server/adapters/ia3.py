@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from server.adapters.base import AdapterMethod, Shape
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import row_groups, scaled
-from server.adapters.targets import MAX_TARGETS, TargetConfig, find_sites, matching, select
+from server.adapters.targets import MAX_TARGETS, TargetConfig, check_paths, find_sites, matching, select
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 
 
@@ -62,6 +62,7 @@ class Ia3(AdapterMethod[Ia3Config, Ia3Weights]):
 
     def sites(self, config: Ia3Config, spec: BackboneSpec) -> list[Site]:
         """A linear layer's output, or its input where it is a feed-forward module."""
+        check_paths("feedforward_modules", config.feedforward_modules, config.sites(spec))
         return [
             Site(SiteKind.LINEAR_INPUT if site.name in config.feedforward_modules else SiteKind.LINEAR, site.name)
             for site in config.sites(spec)

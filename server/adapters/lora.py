@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
 from server.adapters.base import AdapterMethod, Shape
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import LowRank, low_rank, low_rank_run
-from server.adapters.targets import TargetConfig, find_sites, per_target, select, with_default
+from server.adapters.targets import TargetConfig, check_paths, find_sites, per_target, select, with_default
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 
 KINDS = (SiteKind.LINEAR, SiteKind.EMBEDDING)
@@ -25,7 +25,7 @@ class LoraConfig(TargetConfig):
 
     r: int = Field(8, ge=1)
     lora_alpha: float = Field(8, gt=0, allow_inf_nan=False)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Module paths whose rank is another one."""
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Module paths whose alpha is another one."""
@@ -37,7 +37,7 @@ class LoraConfig(TargetConfig):
 
     def rank(self, site: Site) -> int:
         """r at a site."""
-        return max(1, self.rank_pattern.get(site.name, self.r))
+        return self.rank_pattern.get(site.name, self.r)
 
     def scale(self, site: Site) -> float:
         """What the product is multiplied by."""
@@ -64,7 +64,10 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
 
     def sites(self, config: LoraConfig, spec: BackboneSpec) -> list[Site]:
         """What the targets name; each has to name at least one."""
-        return config.sites(spec, KINDS)
+        sites = config.sites(spec, KINDS)
+        check_paths("rank_pattern", config.rank_pattern, sites)
+        check_paths("alpha_pattern", config.alpha_pattern, sites)
+        return sites
 
     def shapes(self, config: LoraConfig, site: Site, at: SiteSpec) -> dict[str, Shape]:
         """PEFT's names and orientation."""

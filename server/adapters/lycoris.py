@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, FiniteFloat
+from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor
 
 from server.adapters.base import AdapterMethod
-from server.adapters.targets import TargetConfig, per_target, select, with_default
+from server.adapters.targets import TargetConfig, check_paths, per_target, select, with_default
 from server.core import BackboneSpec, Site
 
 
@@ -18,14 +18,14 @@ class LycorisConfig(TargetConfig):
 
     r: int = Field(8, ge=1)
     alpha: float = Field(8, gt=0, allow_inf_nan=False)
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     """Module paths whose rank is another one."""
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Module paths whose alpha is another one."""
 
     def rank(self, site: Site) -> int:
         """r at a site."""
-        return max(1, self.rank_pattern.get(site.name, self.r))
+        return self.rank_pattern.get(site.name, self.r)
 
     def scale(self, site: Site) -> float:
         """What the update is multiplied by."""
@@ -51,7 +51,10 @@ class LycorisMethod(AdapterMethod[ConfigT, WeightsT]):
 
     def sites(self, config: ConfigT, spec: BackboneSpec) -> list[Site]:
         """The linear layers that the targets name."""
-        return config.sites(spec)
+        sites = config.sites(spec)
+        check_paths("rank_pattern", config.rank_pattern, sites)
+        check_paths("alpha_pattern", config.alpha_pattern, sites)
+        return sites
 
 
 def kaiming(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

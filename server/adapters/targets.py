@@ -130,6 +130,16 @@ def per_target(options: Mapping[str, Any], field: str, paths: Iterable[str], spe
     return values
 
 
+def check_paths(field: str, paths: Iterable[str], sites: Iterable[Site]) -> None:
+    """Refuses a path in an option of a stored configuration that is not one of the targets: it would mean nothing."""
+    known = {site.name for site in sites}
+    for path in paths:
+        if path not in known:
+            raise InvalidAdapter(
+                f"{field}: {_short(path)} is not the whole path of a target module", param=field, code="unknown_target"
+            )
+
+
 def matching(field: str, targets: Any, paths: Iterable[str], spec: BackboneSpec) -> list[str]:
     """The paths that a list of targets, or a regular expression, names."""
     matches = _matcher(field, targets, spec)
@@ -167,13 +177,13 @@ def _in_layers(options: Mapping[str, Any], spec: BackboneSpec) -> Callable[[str]
             param="layers_to_transform",
             code="unsupported_option",
         )
-    anchored = [rf"(?:^|.*?\.){pattern}\.(?P<layer>\d+)\." for pattern in patterns]
-    anchored = anchored or [r".*?\.[^.]*\.(?P<layer>\d+)\."]
+    anchored = [rf"(?:^|.*?\.){pattern}\.(?P<adapterd_layer>\d{{1,6}})\." for pattern in patterns]
+    anchored = anchored or [r".*?\.[^.]*\.(?P<adapterd_layer>\d{1,6})\."]
     timed = _Timed("layers_pattern")
 
     def matches(path: str) -> bool:
         found = (timed.match(pattern, _whole(path, spec)) for pattern in anchored)
-        number = next((one["layer"] for one in found if one), None)
+        number = next((one["adapterd_layer"] for one in found if one), None)
         return number is not None and int(number) in layers
 
     return matches
@@ -202,7 +212,7 @@ class _Timed:
                 return search(pattern, name, timeout=left)
         except TimeoutError:
             pass
-        except (regex.error, RecursionError, OverflowError, MemoryError) as error:
+        except (regex.error, ValueError, RecursionError, OverflowError, MemoryError) as error:
             reason = f"are not regular expressions: {error}"
         raise InvalidAdapter(
             f"{self._field}: patterns such as {_short(pattern)} {reason}", param=self._field, code="unsupported_option"

@@ -108,8 +108,9 @@ class Backbone:
         self._bare: dict[Site, nn.Module] = {}
         self._last_readers: set[Site] = set()
         self._attachments = find_sites(model, model.config)
-        for site, attachment in self._attachments.items():
-            self._attach(site, attachment)
+        # Changed inputs come last: what else is read where they enter is read as it was.
+        for site in sorted(self._attachments, key=lambda site: site.kind is SiteKind.LINEAR_INPUT):
+            self._attach(site, self._attachments[site])
         self._attentions = {
             attachment.module: site for site, attachment in self._attachments.items() if site.kind is SiteKind.KEY_VALUE
         }
@@ -361,7 +362,7 @@ class Backbone:
         return hook
 
     def _adapted(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        if self._reaches.get(site) is Reach.SHARED:
+        if self._reaches.get(site) is Reach.SHARED and y.shape[0] != self._rows:
             return self._plan.apply_to_all(site, x, y)
         return self._plan.apply(site, x, y)
 
@@ -498,7 +499,8 @@ class Backbone:
                 hook.remove()
             if bool(states.isfinite().all()):
                 last.update(sites)
-        return last - kept
+        streams = {attachment.stream for attachment in self._attachments.values()}  # our own hooks read those
+        return {site for site in last - kept if self._attachments[site].module not in streams}
 
     def _site_specs(self, classifier: ClassifierSpec | None) -> dict[Site, SiteSpec]:
         # A pooler that the family's classifiers do not have is no target of adapters that were trained in one.

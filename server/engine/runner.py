@@ -63,7 +63,7 @@ class Runner:
             members = list(group)
             runs.append((members[0], start, start + len(members)))
             start += len(members)
-        plan = AdapterPlan([Segment(row.adapter.weights, first, end) for row, first, end in runs])
+        plan = AdapterPlan(_segments(rows))
         states = self._backbone.forward([row.text for row in rows], plan)
         # All heads are launched before any output is fetched, since fetching waits for the device.
         outputs = [row.adapter.task.apply(row.adapter.head, states, first, end) for row, first, end in runs]
@@ -75,6 +75,16 @@ class Runner:
             decode = row.adapter.task.decode
             answers += [text.tolist() for text in values] if row.raw else decode(values, row.adapter.labels, row.top_k)
         return answers
+
+
+def _segments(rows: Sequence[Row]) -> list[Segment]:
+    """One for each adapter, however its rows are decoded."""
+    segments: list[Segment] = []
+    for _, group in groupby(rows, key=lambda row: id(row.adapter)):
+        members = list(group)
+        start = segments[-1].end if segments else 0
+        segments.append(Segment(members[0].adapter.weights, start, start + len(members)))
+    return segments
 
 
 def _fetched(outputs: Outputs) -> Outputs:

@@ -21,6 +21,9 @@ from server.errors import CorruptVersion, InvalidAdapter
 MANIFEST = "manifest.json"
 TENSORS = "adapter.safetensors"
 
+MAX_TENSORS = 20_000
+"""Tensors of one file. Large models have hundreds; empty ones cost an uploader nothing."""
+
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     label, count = Counter(labels).most_common(1)[0]
@@ -149,12 +152,17 @@ class Artifact:
 def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a truncated or foreign one is refused by its name."""
     try:
-        return safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data)
     except Exception as error:  # safetensors' own, or whatever torch says to a shape or a type that it cannot make
         reason = str(error).partition("\n")[0]  # torch puts a stack trace below
         raise InvalidAdapter(
             f"{file} is not a whole safetensors file: {reason}", param=file, code="bad_file"
         ) from error
+    if len(tensors) > MAX_TENSORS:
+        raise InvalidAdapter(
+            f"{file} has {len(tensors)} tensors, at most {MAX_TENSORS} are read", param=file, code="bad_file"
+        )
+    return tensors
 
 
 def invalid_fields(where: str, error: ValidationError) -> InvalidAdapter:

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from server.adapters import METHODS
-from server.adapters.base import AdapterWeights, Framing, Host, Method, MethodConfig, Part, check_tensors
-from server.core import BackboneSpec
+from server.adapters.base import AdapterWeights, Framing, Host, Method, MethodConfig, Part, check_tensors, memory
+from server.core import BackboneSpec, SiteKind
 from server.errors import InvalidAdapter
 from server.tasks import TASKS
 from server.tasks.base import AnyTask
@@ -29,7 +29,7 @@ class TaskAdapter:
     head: Any
     labels: tuple[str, ...]
     nbytes: int
-    """Memory of its tensors."""
+    """Memory that it holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,8 @@ class Blueprint:
         Raises InvalidAdapter naming what is unknown or does not fit.
         """
         parts = [
-            Part(_known("method", name, METHODS), _parsed(field, METHODS[name].Config, options))
+            Part(known := _known("method", name, METHODS), _parsed(field, known.Config, options))
             for field, name, options in (("config", method, config), *(("also", *more) for more in also))
-            if _known("method", name, METHODS)
         ]
         known_task = _known("task", task, TASKS)
         blueprint = cls(tuple(parts), known_task, _parsed("head", known_task.Config, head), tuple(labels), spec)
@@ -69,6 +68,15 @@ class Blueprint:
         names = [name for part in parts for name in part.shapes(spec)]
         if len(set(names)) < len(names):
             raise InvalidAdapter("two methods of the adapter have tensors of the same name", param="also")
+        sites = [site for part in parts for site in part.sites(spec)]
+        joins = [site for site in sites if site.kind is SiteKind.RESIDUAL]
+        if len(set(joins)) < len(joins) or (joins and any(site.kind is SiteKind.NORM for site in sites)):
+            raise InvalidAdapter(
+                "two methods of the adapter act where the same sub-layer joins the residual stream, or one there and "
+                "one on norms: neither would see the other",
+                param="also",
+                code="unsupported_option",
+            )
         if sum(part.method.framing(part.config) != Framing() for part in parts) > 1:
             raise InvalidAdapter("two methods of the adapter add virtual tokens", param="also")
         return blueprint
@@ -106,13 +114,9 @@ class Blueprint:
             name: tensor.to(host.device) if name.startswith(HEAD) else tensor.to(host.device, host.dtype)
             for name, tensor in tensors.items()
         }
-        return TaskAdapter(
-            weights=AdapterWeights.of(self.parts, placed, host),
-            task=self.task,
-            head=self.task.bind(self.head, placed),
-            labels=self.labels,
-            nbytes=sum(tensor.nbytes for tensor in placed.values()),
-        )
+        weights = AdapterWeights.of(self.parts, placed, host)
+        head = self.task.bind(self.head, placed)
+        return TaskAdapter(weights, self.task, head, self.labels, weights.nbytes + memory(head))
 
 
 def _known(field: str, name: str, table: Mapping[str, T]) -> T:

@@ -162,8 +162,6 @@ class _Reader:
         _only(config, {*BOTTLENECK, *PHM, "phm_layer", "inv_adapter", "inv_adapter_reduction_factor"})
         method, known = ("compacter", BOTTLENECK + PHM) if config.get("phm_layer") else ("bottleneck", BOTTLENECK)
         options = {name: config[name] for name in known if config.get(name) is not None}
-        if isinstance(options.get("scaling"), int):
-            options["scaling"] = float(options["scaling"])
         found = configured(CONFIG, method, options, self.spec)
         paths = [self._place(name) for name in self.names]
         for name, theirs in self.names.items():
@@ -265,11 +263,18 @@ class _Reader:
         names = {param: params.get(param, f"{site.name}.loras.{self.name}.{param}") for param in ("vera_B", "vera_D")}
         a = self.checkpoint.use(shared["lora_A"] or f"shared_parameters.{self.name}.lora_A")
         b = self.checkpoint.use(shared["lora_B"] or f"shared_parameters.{self.name}.lora_B")
+        for theirs, tensor in ((shared["lora_A"], a), (shared["lora_B"], b)):
+            if tensor.ndim != 2:
+                raise InvalidAdapter(
+                    f"tensor {theirs!r} has shape {list(tensor.shape)}, the backbone needs a matrix",
+                    param=theirs,
+                    code="wrong_shape",
+                )
         at = self.spec.sites[site]
         outer = self.checkpoint.use(names["vera_B"], (at.size_out, b.shape[0]))
         inner = self.checkpoint.use(names["vera_D"], (b.shape[-1], a.shape[0]))
         self.checkpoint.put(tensor_name(site, "lora_A"), a.clone())  # each site's own in the artifact
-        self.checkpoint.put(tensor_name(site, "lora_B"), outer @ b @ inner)
+        self.checkpoint.put(tensor_name(site, "lora_B"), outer.float() @ b.float() @ inner.float())
 
     def _take_merged(self, site: Site, params: Mapping[str, str], config: Mapping[str, Any], rank: int) -> int:
         """GPT-2's query, key and value are one layer: a block of rank r for each that is adapted."""
@@ -514,7 +519,7 @@ def _config(document: Mapping[str, Any]) -> dict[str, Any]:
     version = str(document.get("version") or "")
     if not version and isinstance(activation := config.get("non_linearity"), str):
         config["non_linearity"] = RENAMED_ACTIVATIONS.get(activation, activation)
-    numbers = re.fullmatch(r"adapters\.(\d+)\.(\d+)\.(\d+).*", version)
+    numbers = re.fullmatch(r"adapters\.(\d{1,4})\.(\d{1,4})\.(\d{1,4}).*", version)
     if numbers and tuple(map(int, numbers.groups())) < LORA_SCALED_SINCE and config.get("architecture") == "lora":
         config["alpha"] = config.get("r")
     return config

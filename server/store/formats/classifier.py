@@ -29,7 +29,7 @@ from server.store.formats.reading import (
 TENSORS = "model.safetensors"
 PICKLE = "pytorch_model.bin"
 
-BUFFERS = ("position_ids", "token_type_ids", "attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
+BUFFERS = (".position_ids", ".token_type_ids", ".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 """Ends of names of constants that older versions of transformers stored."""
 
 LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
@@ -74,7 +74,7 @@ def _names(checkpoint: Checkpoint) -> dict[str, str]:
     names: dict[str, str] = {}
     for theirs in checkpoint.tensors:
         name = theirs.removeprefix(f"{checkpoint.host.spec.prefix}.")
-        if name.endswith(BUFFERS) and name not in checkpoint.host.tensors():
+        if f".{name}".endswith(BUFFERS) and name not in checkpoint.host.tensors():
             checkpoint.skip(theirs)
             continue
         for old, new in LEGACY.items():
@@ -95,7 +95,7 @@ def _take_body(checkpoint: Checkpoint, names: Mapping[str, str], *, pooled: bool
     """Checks the body against the backbone: methods -> the layers that they replace tensors of."""
     spec = checkpoint.host.spec
     frozen = {name for name in checkpoint.host.tensors() if pooled or not name.startswith("pooler.")}
-    body = {name: theirs for name, theirs in names.items() if name in frozen and theirs in checkpoint.left}
+    body = {name: theirs for name, theirs in names.items() if name in frozen and checkpoint.is_left(theirs)}
     if not body:
         return {}  # a linear probe
     for name in sorted(frozen - names.keys()):

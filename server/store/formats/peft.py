@@ -11,7 +11,7 @@ from server.adapters import METHODS
 from server.adapters.base import Host, tensor_name
 from server.adapters.targets import SELECTORS
 from server.adapters.vera import Vera, VeraConfig, projections
-from server.core import BackboneSpec, Site, SiteKind
+from server.core import BackboneSpec, Site, SiteKind, is_target
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, read_tensors
 from server.store.formats import heads
@@ -158,13 +158,15 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
     parts = [(method, config)]
     config |= _take_method(checkpoint, method, config, names)
     head_config = heads.take(checkpoint, head, names, root)
-    if options.get("bias", "none") != "none" and (biases := _take_biases(checkpoint, names)):
+    if biases := _take_biases(checkpoint, options.get("bias", "none"), config, names):
         parts.append(("bitfit", {"target_modules": biases}))
     for name, theirs in names.items():
-        if name.startswith("prompt_encoder."):  # what the stored prompt has been through already
+        if method == "p_tuning" and name.startswith(
+            "prompt_encoder."
+        ):  # what the stored prompt has been through already
             checkpoint.skip(theirs)
         # PEFT adds whole embeddings to a checkpoint that targets them
-        if theirs in checkpoint.left and checkpoint.is_frozen(theirs, name):
+        if checkpoint.is_left(theirs) and checkpoint.is_frozen(theirs, name):
             checkpoint.skip(theirs)
     return checkpoint.finish(
         parts=parts,
@@ -202,11 +204,12 @@ def _method(options: Mapping[str, Any], spec: BackboneSpec) -> tuple[str, dict[s
 def _names(checkpoint: Checkpoint, spec: BackboneSpec) -> dict[str, str]:
     """The tensors' names without PEFT's wrappers and the model's prefix -> their names in the file."""
     names: dict[str, str] = {}
+    originals: list[str] = []
     for theirs in checkpoint.tensors:
         root = next((root for root in ROOTS if theirs.startswith(root)), "")
         name = theirs.removeprefix(root)
-        if ".original_module." in name:  # what a module of modules_to_save was before; PEFT never runs it
-            checkpoint.skip(theirs)
+        if ".original_module." in name:
+            originals.append(theirs)
             continue
         for wrapper in (".modules_to_save.default.", ".modules_to_save.", ".base_layer."):
             name = name.replace(wrapper, ".")
@@ -215,6 +218,10 @@ def _names(checkpoint: Checkpoint, spec: BackboneSpec) -> dict[str, str]:
             checkpoint.same(theirs, names[name])
         else:
             names[name] = theirs
+    for theirs in originals:  # what a module of modules_to_save was before, which PEFT stores and never runs
+        before = theirs.partition(".original_module.")[0]
+        if any(other.startswith(f"{before}.") for other in names.values()):
+            checkpoint.skip(theirs)
     return names
 
 
@@ -285,15 +292,19 @@ def _take_projections(
     return {"save_projection": not seeded}
 
 
-def _take_biases(checkpoint: Checkpoint, names: Mapping[str, str]) -> list[str]:
-    """Takes every bias of the backbone that is in the checkpoint: the paths of their layers."""
-    layers = []
-    for site, at in checkpoint.host.spec.sites.items():
-        theirs = names.get(f"{site.name}.bias")
-        if theirs in checkpoint.left and at.bias and site.kind in (SiteKind.LINEAR, SiteKind.NORM):
-            checkpoint.take(str(theirs), tensor_name(site, "bias"))
-            layers.append(site.name)
-    return layers
+def _take_biases(checkpoint: Checkpoint, which: str, config: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+    """Takes the biases of the backbone that were trained, all or those of the targets: the paths of their layers."""
+    spec = checkpoint.host.spec
+    kinds = (SiteKind.LINEAR, SiteKind.NORM)
+    sites = [site for site, at in spec.sites.items() if at.bias and site.kind in kinds]
+    if which == "none":
+        return []
+    if which != "all":
+        sites = [site for site in sites if any(is_target(site.name, one) for one in config["target_modules"])]
+    for site in sites:
+        path = f"{site.name}.bias"
+        checkpoint.take(names.get(path, _whole(path, spec)), tensor_name(site, "bias"))
+    return [site.name for site in sites]
 
 
 def _first(names: Mapping[str, str], *paths: str) -> str:

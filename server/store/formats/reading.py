@@ -78,7 +78,10 @@ class Checkpoint:
 
         `fit` brings it from that shape into the artifact's. A tensor that is not there is missed in the end.
         """
-        self._sources[ours] = theirs
+        if self._sources.setdefault(ours, theirs) != theirs:
+            raise InvalidAdapter(
+                f"tensors {self._sources[ours]!r} and {theirs!r} stand for the same", param=theirs, code="contradiction"
+            )
         if theirs not in self.tensors:
             return
         tensor = self.use(theirs, shape)
@@ -104,11 +107,12 @@ class Checkpoint:
 
     def same(self, theirs: str, other: str) -> None:
         """A tensor that is in the file twice. InvalidAdapter if the two differ."""
-        if not torch.equal(self.tensors[theirs], self.tensors[other]):
+        self.use(theirs)
+        self.use(other)
+        if not torch.equal(self.tensors[theirs].float(), self.tensors[other].float()):
             raise InvalidAdapter(
                 f"tensors {theirs!r} and {other!r} have to be the same, and are not", param=theirs, code="contradiction"
             )
-        self._taken.add(theirs)
 
     def is_frozen(self, theirs: str, name: str) -> bool:
         """Whether a tensor of the file is the backbone's own of that name, in the precision that serves."""
@@ -117,6 +121,10 @@ class Checkpoint:
         if frozen is None or frozen.shape != tensor.shape:
             return False
         return torch.equal(tensor.to(frozen.device, frozen.dtype), frozen)
+
+    def is_left(self, theirs: str | None) -> bool:
+        """Whether a tensor is there and nobody has taken it."""
+        return theirs in self.tensors and theirs not in self._taken
 
     @property
     def left(self) -> list[str]:
