@@ -1209,3 +1209,69 @@ def test_safetensors_round_trip_of_every_float(native: Artifact) -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         data = safetensors.torch.save({"a": torch.arange(6, dtype=dtype).reshape(2, 3)})
         assert read_tensors("x", data)["a"].dtype == dtype
+
+
+# ------------------------------------------------------------------------------------- values that ended in a 500
+
+
+@pytest.mark.parametrize("targets", ["(?V0)(?V1)a", "(?a)(?u)a", f"a{{{'9' * 5000}}}"])
+def test_patterns_that_upset_the_matcher_itself(targets: str, bert: Backbone) -> None:
+    config = peft_config(target_modules=targets)
+    refused(lambda: read_checkpoint(peft_files(config), NAMES, bert), "target_modules", "unsupported_option")
+
+
+def test_a_group_in_a_layers_pattern_is_not_taken_for_the_layer(bert: Backbone) -> None:
+    config = peft_config(layers_to_transform=[0], layers_pattern=["x|(?P<layer>bert)|y"])
+    harmless(lambda: read_checkpoint(peft_files(config), NAMES, bert))
+
+
+def test_huge_numbers_in_adapterhub_files() -> None:
+    harmless(lambda: read_hub(edited("lora_alpha", "top", version=f"adapters.{'9' * 5000}.1.1")))
+    refused(lambda: read_hub(edited("seq_bn", scaling=10**400)), "scaling.float")
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)])
+def test_shared_projections_of_odd_shapes(shape: tuple[int, ...]) -> None:
+    files = checkpoints("bert")["vera"].files
+    tensors = safetensors.torch.load(files["adapter.safetensors"])
+    name = next(name for name in tensors if "shared_parameters" in name and name.endswith("lora_B"))
+    changed = files | {"adapter.safetensors": safetensors.torch.save(tensors | {name: torch.zeros(shape)})}
+    refused(lambda: read_hub(changed), name, "wrong_shape")
+
+
+def test_two_tensors_that_stand_for_the_same() -> None:
+    files = checkpoints("bert")["double_seq_bn"].files
+    tensors = safetensors.torch.load(files["adapter.safetensors"])
+    name = next(name for name in tensors if name.endswith("adapter_down.0.weight"))
+    twin = name.replace("adapter_down.0", "adapter_down.1")
+    changed = safetensors.torch.save(tensors | {twin: torch.randn_like(tensors[name])})
+    with pytest.raises(InvalidAdapter, match="stand for the same"):
+        read_hub(files | {"adapter.safetensors": changed})
+
+
+def test_a_pattern_that_names_no_target_is_refused(bert: Backbone) -> None:
+    for option in ("rank_pattern", "alpha_pattern"):
+        config = {"target_modules": ["query"], option: {"query": 2}}
+        refused(
+            lambda config=config: Blueprint.check(
+                method="lora", config=config, task="classification", head={}, labels=NAMES, spec=bert.spec
+            ),
+            option,
+            "unknown_target",
+        )
+
+
+def test_a_missing_bias_of_bias_all_is_missed(bert: Backbone) -> None:
+    with pytest.raises(InvalidAdapter, match="bias' is missing"):
+        read_checkpoint(peft_files(peft_config(bias="all")), NAMES, bert)
+
+
+def test_too_many_tensors(bert: Backbone) -> None:
+    many = safetensors.torch.save({f"t{index}": torch.zeros(0) for index in range(20_001)})
+    refused(lambda: read_checkpoint(peft_files() | {WEIGHTS: many}, NAMES, bert), WEIGHTS, "bad_file")
+
+
+def test_projections_that_multiply_out_beyond_measure_are_refused(bert: Backbone) -> None:
+    config = {"reduction_factor": 0.01, "shared_W_phm": True}
+    with pytest.raises(InvalidAdapter, match=r"at least 0\.25"):
+        Blueprint.check(method="compacter", config=config, task="classification", head={}, labels=NAMES, spec=bert.spec)

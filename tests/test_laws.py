@@ -941,3 +941,46 @@ def test_attention_with_prefixes_is_the_dense_one(causal: bool, sliding: int | N
                 before = tuple(t.view(-1, heads, size).transpose(0, 1) for t in prefix.key_value[:2])
         expected = dense(*own, before, causal=causal, sliding=sliding)
         torch.testing.assert_close(seen.transpose(0, 1), expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("method", "options"), [("lora", {"r": 2}), ("ia3", {})])
+def test_a_gate_at_a_shared_site_is_each_texts_own(sharing: Backbone, method: str, options: dict) -> None:
+    targets = {"target_modules": ["query_proj", "key_proj"], "use_gating": True, **options}
+    adapter = random_adapter(sharing, method, targets, seed=4).bound
+    rows: Rows = [(random_text(length, seed=7), adapter) for length in (9, 9, 4, 30)]
+    with torch.inference_mode():
+        close(run(sharing, rows), [run(sharing, [row])[0] for row in rows], TOLERANCE)
+
+
+def test_answers_of_different_size_share_an_adapter_at_a_shared_site(sharing: Backbone) -> None:
+    adapter = random_adapter(sharing, "lora", {"target_modules": ["query_proj"]}, seed=1).bound
+    texts = [random_text(length, seed=8) for length in (6, 6, 6)]
+    answers = Runner(sharing).run([Row(text, adapter, top_k) for text, top_k in zip(texts, (1, None, 2), strict=True)])
+    assert [len(answer) for answer in answers] == [1, 3, 2]
+
+
+def test_an_identity_beside_a_changed_input_changes_nothing(bert: Backbone) -> None:
+    """What joins the residual stream is the stream as it was, not as another method of the adapter reads it."""
+    scale = {"target_modules": ["intermediate.dense", "value"], "feedforward_modules": ["intermediate.dense", "value"]}
+    alone = random_adapter(bert, "ia3", scale, seed=1)
+    both = make_blueprint(bert.spec, "ia3", scale, also=[("bottleneck", {"mh_adapter": True})])
+    fresh = both.init(bert, torch.Generator().manual_seed(0))
+    bound = both.bind(fresh | alone.tensors, bert)
+    text = random_text(12, seed=1)
+    with torch.inference_mode():
+        expected, answer = run(bert, [(text, alone.bound), (text, bound)])
+    torch.testing.assert_close(answer.states, expected.states, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("also", ["compacter", "ln_tuning", "bitfit"])
+def test_methods_that_would_overrule_each_other_are_refused(also: str, bert: Backbone) -> None:
+    options = {"reduction_factor": 4} if also == "compacter" else {}
+    with pytest.raises(InvalidAdapter, match="neither would see the other"):
+        make_blueprint(bert.spec, "bottleneck", {}, also=[(also, options)])
+
+
+def test_memory_counts_what_is_multiplied_out(bert: Backbone) -> None:
+    stored = random_adapter(bert, "vera", {"r": 16}, seed=0)
+    assert stored.bound.nbytes > sum(tensor.nbytes for tensor in stored.tensors.values())
+    hadamard = random_adapter(bert, "loha", {"r": 5}, seed=0)
+    assert hadamard.bound.nbytes > sum(tensor.nbytes for tensor in hadamard.tensors.values())
