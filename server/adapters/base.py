@@ -4,6 +4,7 @@ A method is a piece of differentiable math at some sites of the backbone. It is 
 own contiguous slice of the token axis; `plan.py` runs many of them in one batch, and the trainer runs the same code.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -234,8 +235,9 @@ class AdapterWeights:
     """Has the forward to itself: it acts at a site that all rows share."""
     nbytes: int = 0
     """Memory of what has been bound: more than the stored tensors, where those are multiplied out."""
-    form: tuple[str, ...] = ()
-    """Methods and hyperparameters. Adapters of the same form, side by side, are computed together best."""
+    form: str = ""
+    """Method, and a digest of all methods and hyperparameters. Adapters of the same form, side by side, are computed
+    together best; batches are sorted by it, so it is short."""
 
     @classmethod
     def of(cls, parts: Sequence[Part], tensors: Mapping[str, Tensor], host: Host) -> "AdapterWeights":
@@ -243,7 +245,9 @@ class AdapterWeights:
         bound = tuple(part.bind(tensors, host) for part in parts)
         shared = any(host.spec.sites[site].reach is Reach.SHARED for part in bound for site in part.sites)
         size = memory([part.sites for part in bound])
-        return cls(bound, shared, size, tuple(f"{part.method.name} {part.config.model_dump_json()}" for part in parts))
+        whole = "\n".join(f"{part.method.name} {part.config.model_dump_json()}" for part in parts)
+        form = f"{parts[0].method.name} {hashlib.sha256(whole.encode()).hexdigest()}"
+        return cls(bound, shared, size, form)
 
     @property
     def method(self) -> Method:

@@ -10,10 +10,11 @@ from torch import Tensor
 from server.adapters.flow import Flow, Gate
 
 JOINED_COLUMNS = 64
-FLOAT32_CPU_COLUMNS = 24
 """Ranks of neighbouring adapters that are multiplied together, up to this sum. Joining multiplies more than needed and
-calls less. On a CPU, for 64 adapters of rank 8, bfloat16 gains up to 64 columns; float32, whose small products are
-quick, only up to 16 or 32."""
+calls less. On a CPU, for 64 adapters of rank 8, bfloat16 gains up to 64 columns."""
+
+FLOAT32_CPU_COLUMNS = 24
+"""The same for float32 on a CPU, whose small products are quick: it gains only up to 16 or 32."""
 
 JOINED_ROWS = 256
 """Rows of neighbouring adapters that are scaled or shifted together, up to this sum: few enough to stay in a core's

@@ -65,7 +65,7 @@ class _Run:
 class AdapterPlan:
     """The segments of one batch. The backbone calls `apply` at its sites and knows nothing else of adapters.
 
-    Texts are sorted by method and adapter, so each adapter owns one contiguous slice of the rows and needs no gather,
+    Texts are sorted by form and adapter, so each adapter owns one contiguous slice of the rows and needs no gather,
     and a method sees its adapters side by side.
     """
 
@@ -143,7 +143,8 @@ class AdapterPlan:
         """What goes on from `site` after the adapters, as Flow names it: [rows, size_out].
 
         Nothing that is given is written to while gradients are recorded. Without them y is changed in place, which
-        spares copying all rows for the sake of a few: it has to be the caller's own, and not the same memory as x or h.
+        spares copying all rows for the sake of a few: it has to be the caller's own. It may be the same memory as x or
+        h, since a row is written only after the piece that it belongs to has been computed.
         """
         for runs in self._passes.get(site, ()):
             if torch.is_grad_enabled():

@@ -81,10 +81,10 @@ def select(
     paths = [site.name for site in spec.sites if site.kind in kinds]
     if chosen == ALL_LINEAR:
         paths = [site.name for site in spec.sites_of(SiteKind.LINEAR)]
-        wanted: Callable[[str], bool] = lambda path: True  # noqa: E731
+        names = paths
     else:
         wanted = _matcher("target_modules", chosen, spec)
-    names = [path for path in paths if wanted(path)]
+        names = [path for path in paths if wanted(path)]
     by_layer = isinstance(chosen, list | tuple) and options.get("layers_to_transform") not in (None, [], ())
     if by_layer:  # a whole path says its layer itself
         in_layers = _in_layers(options, spec)

@@ -33,7 +33,7 @@ class Row:
         return len(self.text) + self.adapter.weights.framing.virtual_tokens
 
     @property
-    def run(self) -> tuple[tuple[str, ...], int, bool, int]:
+    def run(self) -> tuple[str, int, bool, int]:
         """Rows with the same key run as one and are decoded alike; adapters of one form come side by side."""
         return self.adapter.weights.form, id(self.adapter), self.raw, self.top_k or 0
 
