@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 IMAGE ?= adapterd:latest
 
-.PHONY: install run test lint format bench image clean
+.PHONY: install run test soak lint format bench image clean
 
 install: $(VENV)/.dev
 
@@ -25,6 +25,9 @@ lint: $(VENV)/.dev
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+soak: $(VENV)/.dev
+	$(BIN)/pytest -m soak
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine

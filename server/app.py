@@ -23,7 +23,9 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     Raises BackboneError or StoreUnavailable where one of them cannot be had.
     """
     metrics = Metrics()
-    store = store or AdapterStore.open(settings.store)
+    store = store or AdapterStore.open(
+        settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
+    )
     backbone = backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype)
     engine = Engine(backbone, store, settings, metrics)
 
@@ -48,7 +50,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
 
 
 def _body_limit(settings: Settings, path: str) -> int:
-    return settings.max_upload_bytes if path.startswith(admin.router.prefix) else settings.max_body_bytes
+    return settings.max_upload_bytes if path.startswith(f"{admin.PREFIX}/adapters/") else settings.max_body_bytes
 
 
 def _is_request_id(value: str) -> bool:

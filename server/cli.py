@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from server.manage.commands import URL_VARIABLE
+from server.manage.commands import app as adapters_app
 from server.training.commands import evaluate_command, train_command
 
 app = typer.Typer(
@@ -17,6 +19,7 @@ app = typer.Typer(
 )
 app.command("train")(train_command)
 app.command("evaluate")(evaluate_command)
+app.add_typer(adapters_app, name="adapters")
 
 
 @app.command("convert")
@@ -65,7 +68,7 @@ def serve(
             field = ".".join(map(str, wrong["loc"]))
             print(f"adapterd: {field} (ADAPTERD_{field.upper()}): {wrong['msg']}", file=sys.stderr)
         raise typer.Exit(2) from None
-    known = {f"ADAPTERD_{field.upper()}" for field in Settings.model_fields}
+    known = {URL_VARIABLE, *(f"ADAPTERD_{field.upper()}" for field in Settings.model_fields)}
     if unknown := sorted(name for name in os.environ if name.startswith("ADAPTERD_") and name not in known):
         print(f"adapterd: {unknown[0]} is not a setting; see docs/settings.md", file=sys.stderr)
         raise typer.Exit(2)

@@ -160,7 +160,8 @@ class AdapterRef:
 
     name: str
     version: str
-    release: int
+    release: int | None
+    """None where the adapter was never released and the version was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +194,10 @@ class ClassifyRequest:
     truncate: bool = True
     top_k: int | None = None
     """Labels wanted of each text, the best ones; all of them if None."""
+    version: str | None = None
+    """The version to answer, whatever is released; else one that the last release names."""
+    routing_key: str = ""
+    """Requests with the same key get the same version while the shares of traffic stay."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,11 +4,15 @@ AdapterdError
 ├── InvalidRequest          422  a field of the request
 ├── InvalidAdapter          422  a file, tensor or field of an uploaded adapter
 ├── UnknownAdapter          404
+├── UnknownVersion          404
 ├── WrongTask               409  an adapter of another task than the route's
 ├── Conflict                409  somebody else released at the same moment
+├── RefusedRelease          409  an upload does worse than what serves
 ├── TooLarge                413  a text, a list or a body over its limit
 ├── Overloaded              429  the queue is full; carries Retry-After
 ├── StoreUnavailable        503  the store failed; carries Retry-After
+├── MemoryFull              503  all adapters in memory are in use; carries Retry-After
+├── OverBudget              507  an adapter is larger than the memory for adapters
 ├── ShuttingDown            503
 ├── CorruptVersion          500  a stored version that is not what its name says
 ├── NotFiniteOutput         500  an adapter overflowed on this text
@@ -58,6 +62,14 @@ class UnknownAdapter(AdapterdError):
     code = "adapter_not_found"
 
 
+class UnknownVersion(AdapterdError):
+    """The adapter has no such version."""
+
+    status = 404
+    type = "not_found_error"
+    code = "version_not_found"
+
+
 class WrongTask(AdapterdError):
     """The adapter does not do what was asked."""
 
@@ -72,6 +84,14 @@ class Conflict(AdapterdError):
     status = 409
     type = "conflict_error"
     code = "release_conflict"
+
+
+class RefusedRelease(AdapterdError):
+    """An upload does worse on its own evaluation data than the version that serves."""
+
+    status = 409
+    type = "conflict_error"
+    code = "evaluation_below_current"
 
 
 class TooLarge(AdapterdError):
@@ -98,6 +118,22 @@ class StoreUnavailable(AdapterdError):
     type = "unavailable_error"
     code = "store_unavailable"
     retry_after = 2
+
+
+class MemoryFull(AdapterdError):
+    """An adapter has to wait for others that are in use."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "memory_full"
+    retry_after = 1
+
+
+class OverBudget(AdapterdError):
+    """An adapter, or what is pinned, is larger than the memory that adapters may take."""
+
+    status = 507
+    code = "over_memory_budget"
 
 
 class ShuttingDown(AdapterdError):

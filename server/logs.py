@@ -4,6 +4,7 @@ a request causes on the event loop."""
 import logging
 import sys
 
+import stamina.instrumentation
 import structlog
 from asgi_correlation_id import correlation_id
 from structlog.typing import EventDict, WrappedLogger
@@ -50,6 +51,7 @@ def configure(level: str, style: str) -> None:
     for name in ("uvicorn", "uvicorn.error", "transformers", "huggingface_hub"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
+    stamina.instrumentation.set_on_retry_hooks([])  # who tries again logs the last failure, without debugging dumps
     logging.getLogger("transformers").setLevel(max(logging.WARNING, root.level))
 
 

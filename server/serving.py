@@ -61,7 +61,7 @@ async def _greeting(engine: Engine, url: str) -> str:
         f"API documentation: {url}/docs",
     ]
     try:
-        described, _ = await engine.page(limit=1)
+        described = (await engine.page(limit=1)).adapters
     except AdapterdError as error:
         lines.append(f"The store cannot be read at the moment: {error.message}")
     else:

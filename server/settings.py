@@ -28,7 +28,19 @@ class Settings(BaseSettings):
     )
     store: str = Field(
         "./adapters_store",
-        description="Adapter store: a folder, `file:///absolute/folder` or `memory://`.",
+        description="Adapter store: a folder, `file:///absolute/folder`, `s3://bucket/prefix`, `gs://bucket/prefix`, "
+        "`az://container/prefix` or `memory://`. Credentials come from where the clouds' own tools look.",
+    )
+    store_endpoint: str | None = Field(
+        None,
+        description="Address of the server behind `s3://` or `az://` where it is not the cloud's own: MinIO, Ceph, a "
+        "test server. `AWS_ENDPOINT_URL` works as well.",
+    )
+    store_timeout_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="How long the store may take to answer, and a second more for each MiB; then it is asked again, "
+        "three times in all.",
     )
     store_poll_seconds: float = Field(
         2.0,
@@ -64,11 +76,23 @@ class Settings(BaseSettings):
         ge=1,
         description="Body of an adapter upload, and the size of its archive's contents; beyond that 413.",
     )
-    adapter_memory_bytes: int = Field(
+    host_memory_bytes: int = Field(
         1024 * 1024 * 1024,
-        ge=0,
-        description="Bytes of adapters kept in memory; the least recently used leave first. Raise it while "
-        "`adapterd_adapter_loads_total` keeps growing under steady traffic.",
+        ge=1,
+        description="Bytes of adapters kept in the host's memory; the least recently used leave first. On a CPU they "
+        "run from there; raise it while `adapterd_adapter_loads_total` keeps growing under steady traffic.",
+    )
+    device_memory_bytes: int = Field(
+        1024 * 1024 * 1024,
+        ge=1,
+        description="Bytes of adapters kept in the accelerator's memory, where it has one; those that leave come back "
+        "from the host's. Raise it while `adapterd_evictions_total` keeps growing.",
+    )
+    memory_wait_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="How long an adapter waits for memory while all others are in use; then 503. See "
+        "`adapterd_adapter_load_seconds`.",
     )
     tokenizer_threads: int = Field(
         2, ge=1, description="Threads that tokenize, away from the event loop and from the device's thread."

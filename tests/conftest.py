@@ -10,7 +10,7 @@ from functools import cache
 import pytest
 import torch
 import transformers
-from helpers import EVERY_FAMILY, tiny_backbone
+from helpers import EVERY_FAMILY, Sync, tiny_backbone
 from hypothesis import settings
 
 from server import logs
@@ -58,6 +58,6 @@ def minilm() -> Backbone:
 
 
 @pytest.fixture
-def memory_store() -> AdapterStore:
-    """An empty store."""
-    return AdapterStore.open("memory://")
+def memory_store() -> Sync:
+    """An empty store, for tests without an event loop."""
+    return Sync(AdapterStore.open("memory://"))

@@ -1,5 +1,7 @@
 """Tiny random backbones of many families, and random texts and adapters for them."""
 
+import asyncio
+import inspect
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -22,8 +24,10 @@ from server.backbone.backbone import Backbone
 from server.backbone.sites import FAMILIES
 from server.backbone.tokenizer import Tokenizer
 from server.core import BackboneSpec, Encoding, Pooling, Site
+from server.engine.loading import check
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, Manifest
+from server.store.store import AdapterStore
 from server.tasks.adapter import Blueprint, TaskAdapter
 
 CPU = torch.device("cpu")
@@ -213,6 +217,25 @@ COMPOSED: list[tuple[str, dict[str, Any], tuple[Part, ...]]] = [
 """Adapters of several methods."""
 
 EVERY_VARIANT = [*((method, options, ()) for method, options in VARIANTS), *COMPOSED]
+
+
+def build(artifact: Artifact, backbone: Backbone) -> TaskAdapter:
+    """An adapter, ready to run. Raises InvalidAdapter naming what does not fit."""
+    checked = check(artifact, backbone)
+    return checked.blueprint.bind(checked.tensors, backbone)
+
+
+class Sync:
+    """A store for tests without an event loop: its coroutines as plain functions."""
+
+    def __init__(self, store: AdapterStore) -> None:
+        self.store = store
+
+    def __getattr__(self, name: str) -> Any:
+        attribute = getattr(self.store, name)
+        if not inspect.iscoroutinefunction(attribute):
+            return attribute
+        return lambda *args, **options: asyncio.run(attribute(*args, **options))
 
 
 def variant_id(variant: Any) -> str:

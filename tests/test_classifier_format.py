@@ -12,7 +12,7 @@ from zlib import crc32
 import pytest
 import safetensors.torch
 import torch
-from helpers import LABELS, random_text, run, tiny_backbone, tiny_model
+from helpers import LABELS, build, random_text, run, tiny_backbone, tiny_model
 from torch import Tensor, nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -25,7 +25,6 @@ from server.backbone.backbone import Backbone
 from server.backbone.sites import FAMILIES
 from server.convert import convert
 from server.core import Encoding, Pooling
-from server.engine.loading import build
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact
 from server.store.formats import read_checkpoint

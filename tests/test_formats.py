@@ -9,7 +9,8 @@ import tarfile
 import time
 import tracemalloc
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -292,9 +293,8 @@ def test_huge_sizes_cost_nothing(size: int, bert: Backbone) -> None:
                 read_checkpoint(files, NAMES, hub_backbone("bert") if HUB in files else bert)
             assert code is None or caught.value.error_code == code
 
-    started = time.monotonic()
-    assert peak_memory(read_all) < 64 * LIMIT
-    assert time.monotonic() - started < 5
+    with little_computing():
+        assert peak_memory(read_all) < 64 * LIMIT
 
 
 @pytest.mark.parametrize("size", [10**6, 10**9])
@@ -307,10 +307,8 @@ def test_projections_of_a_huge_rank_are_not_drawn(size: int, bert: Backbone) -> 
     config = {"peft_type": "VERA", "r": size, "target_modules": ["query"], "projection_prng_key": 0}
     for extra in ({}, {"base_model.vera_A": torch.zeros(4, 32), "base_model.vera_B": torch.zeros(32, 4)}):
         files = peft_files(config, tensors | extra)
-        started = time.monotonic()
-        with pytest.raises(InvalidAdapter):
+        with little_computing(), pytest.raises(InvalidAdapter):
             read_checkpoint(files, NAMES, bert)
-        assert time.monotonic() - started < 2
 
 
 def prompt_files(**options: Any) -> Files:
@@ -364,9 +362,16 @@ def test_what_is_no_pattern_is_said_to_be_none(pattern: str, option: str, bert: 
 
 
 def harmless_within_a_second(call: Callable[[], Any]) -> None:
-    started = time.monotonic()
-    harmless(call)
-    assert time.monotonic() - started < 1.5  # a second, and half of one for a busy machine
+    with little_computing():
+        harmless(call)
+
+
+@contextmanager
+def little_computing() -> Iterator[None]:
+    """Fails where this process computes for much longer than a second, however busy the machine is with others."""
+    started = time.process_time()
+    yield
+    assert time.process_time() - started < 10
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from helpers import (
     VARIANTS,
     Adapter,
     Answer,
+    Sync,
+    build,
     close,
     every_adapter,
     forward,
@@ -43,13 +45,11 @@ from server.adapters.plan import AdapterPlan, Prefix, Segment
 from server.backbone.attention import PackedTexts, packed_attention
 from server.backbone.backbone import Backbone, fingerprint
 from server.core import ENCODER_INPUT, ENCODER_OUTPUT, Encoding, Pooling, Reach, Site, SiteKind
-from server.engine.loading import build
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Ticket, Worker
 from server.errors import InvalidAdapter, NotFiniteOutput
 from server.metrics import Metrics
-from server.store.store import AdapterStore
 from server.tasks.adapter import Blueprint, TaskAdapter
 
 TOLERANCE = 1e-5
@@ -398,7 +398,7 @@ def test_virtual_tokens_lie_where_the_options_say(family: str, options: dict, ba
 
 @torch.inference_mode()
 def test_saving_and_loading_gives_the_same_logits_bit_for_bit(
-    backbone: Backbone, adapters: list[Adapter], memory_store: AdapterStore
+    backbone: Backbone, adapters: list[Adapter], memory_store: Sync
 ) -> None:
     text = random_text(9, seed=1)
     for adapter in adapters:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import safetensors.torch
 import torch
-from helpers import run, tiny_backbone
+from helpers import build, run, tiny_backbone
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel
 
@@ -22,7 +22,6 @@ from server.adapters.activations import ACTIVATIONS
 from server.backbone.backbone import Backbone
 from server.convert import convert
 from server.core import Encoding
-from server.engine.loading import build
 from server.errors import InvalidAdapter
 from server.store.formats import read_checkpoint
 from server.tasks.adapter import TaskAdapter

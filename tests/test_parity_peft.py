@@ -8,14 +8,13 @@ import peft_references as peft
 import pytest
 import safetensors.torch
 import torch
-from helpers import run, tiny_backbone
+from helpers import build, run, tiny_backbone
 from peft_references import Case, Trained
 from torch import Tensor
 from transformers import AutoTokenizer, BertForSequenceClassification
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.engine.loading import build
 from server.errors import InvalidAdapter
 from server.store.formats import read_checkpoint
 from server.tasks.adapter import TaskAdapter

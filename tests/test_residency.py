@@ -1,133 +1,56 @@
-"""Which adapters are in memory, and which release serves: budgets, single loads, and stores that fail."""
+"""How adapters get into memory: single loads, failures that stay with one adapter, two tiers, references."""
 
 import asyncio
-import threading
-import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 
 from server.adapters.base import AdapterWeights
-from server.engine.catalog import Catalog
+from server.engine.loading import Checked
+from server.engine.memory import Memory
 from server.engine.residency import Residency
-from server.errors import StoreUnavailable, UnknownAdapter
+from server.errors import AdapterdError, CorruptVersion, MemoryFull, OverBudget, StoreUnavailable, UnservableAdapter
 from server.metrics import Metrics
-from server.store.store import AdapterStore, Release
+from server.store.store import OpenedVersion
 from server.tasks.adapter import TaskAdapter
 
-VERSIONS = [digit * 64 for digit in "abc"]
+NBYTES = 100
+FILE_BYTES = 150
 
 
-def adapter(nbytes: int) -> TaskAdapter:
+def adapter(nbytes: int = NBYTES) -> TaskAdapter:
     return TaskAdapter(AdapterWeights(()), None, None, ("a", "b"), nbytes)  # type: ignore[arg-type]
 
 
-@pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(4) as executor:
-        yield executor
-
-
 class Source:
-    """A store's load: counts, and fails where it is told to."""
+    """Stands for the loader: counts its steps, and fails or waits where it is told to."""
 
     def __init__(self) -> None:
-        self.loads: Counter[str] = Counter()
-        self.failing: set[str] = set()
-        self.gate = threading.Event()
-        self.gate.set()
+        self.opened: Counter[str] = Counter()
+        self.checked: Counter[str] = Counter()
+        self.placed: Counter[int] = Counter()
+        self.failing: dict[str, AdapterdError] = {}
+        self.gates: dict[str, asyncio.Event] = {}
 
-    def __call__(self, name: str, version: str) -> TaskAdapter:
-        self.loads[version] += 1
-        self.gate.wait(10)
+    async def open(self, name: str, version: str) -> OpenedVersion:
+        self.opened[version] += 1
+        if version in self.gates:
+            await self.gates[version].wait()
         if version in self.failing:
-            raise StoreUnavailable("gone")
-        return adapter(100)
+            raise self.failing[version]
+        return OpenedVersion(version, b"", FILE_BYTES, None)  # type: ignore[arg-type]
 
+    async def check(self, name: str, opened: OpenedVersion) -> Checked:
+        self.checked[opened.version] += 1
+        return Checked(None, None, None, {}, nbytes=FILE_BYTES, estimate=NBYTES)  # type: ignore[arg-type]
 
-def test_the_least_recently_used_leaves_first(pool: ThreadPoolExecutor) -> None:
-    source = Source()
-    residency = Residency(source, pool, max_bytes=250, metrics=Metrics())
+    async def place(self, checked: Checked) -> TaskAdapter:
+        self.placed[id(checked)] += 1
+        return adapter()
 
-    async def run() -> None:
-        for version in ("v1", "v2", "v1", "v3"):
-            await residency.get("name", version)
-        assert [version in residency for version in ("v1", "v2", "v3")] == [True, False, True]
-        await residency.get("name", "v2")
-
-    asyncio.run(run())
-    assert source.loads == {"v1": 1, "v2": 2, "v3": 1}
-    assert residency._metrics.adapter_bytes._value.get() == 200
-    assert residency._metrics.adapters_resident._value.get() == 2
-
-
-def test_one_adapter_larger_than_the_budget_is_still_served(pool: ThreadPoolExecutor) -> None:
-    source = Source()
-    residency = Residency(source, pool, max_bytes=10, metrics=Metrics())
-
-    async def run() -> None:
-        await residency.get("name", "v1")
-        await residency.get("name", "v2")
-
-    asyncio.run(run())
-    assert "v2" in residency
-    assert "v1" not in residency
-
-
-def test_concurrent_requests_for_a_cold_adapter_cause_one_load(pool: ThreadPoolExecutor) -> None:
-    source = Source()
-    source.gate.clear()
-    residency = Residency(source, pool, max_bytes=1000, metrics=Metrics())
-
-    async def run() -> list[TaskAdapter]:
-        requests = [asyncio.create_task(residency.get("name", "v1")) for _ in range(20)]
+    async def prove(self, *_: object) -> None:
         await asyncio.sleep(0)
-        requests[0].cancel()  # a client that gives up takes nobody else's answer with it
-        source.gate.set()
-        return await asyncio.gather(*requests[1:])
-
-    loaded = asyncio.run(run())
-    assert source.loads == {"v1": 1}
-    assert len({id(one) for one in loaded}) == 1
-
-
-def test_a_failing_load_fails_its_callers_and_is_tried_again(pool: ThreadPoolExecutor) -> None:
-    source = Source()
-    source.failing.add("bad")
-    residency = Residency(source, pool, max_bytes=1000, metrics=Metrics())
-
-    async def run() -> None:
-        results = await asyncio.gather(
-            *(residency.get("name", version) for version in ("bad", "good", "bad")), return_exceptions=True
-        )
-        assert [type(result) for result in results] == [StoreUnavailable, TaskAdapter, StoreUnavailable]
-        source.failing.clear()
-        await residency.get("name", "bad")
-
-    asyncio.run(run())
-    assert source.loads == {"bad": 2, "good": 1}
-
-
-class FlakyStore(AdapterStore):
-    """The real store in memory, which can be told to fail, and counts its reads."""
-
-    def __init__(self) -> None:
-        super().__init__(AdapterStore.open("memory://")._objects)
-        self.reads = 0
-        self.failing = False
-
-    def current(self, name: str) -> Release | None:
-        self.reads += 1
-        if self.failing:
-            raise StoreUnavailable("gone")
-        return super().current(name)
-
-
-@pytest.fixture
-def store() -> FlakyStore:
-    return FlakyStore()
 
 
 class Clock:
@@ -137,123 +60,223 @@ class Clock:
         return self.now
 
 
-def catalog(store: AdapterStore, pool: ThreadPoolExecutor, clock: Clock) -> Catalog:
-    return Catalog(store, pool, poll_seconds=2, clock=clock)
+class Setting:
+    """A residency over a source; one memory, or two."""
+
+    def __init__(self, max_bytes: int, host_bytes: int | None = None, wait_seconds: float = 0.0) -> None:
+        self.source = Source()
+        self.clock = Clock()
+        self.metrics = Metrics()
+        wait: Any = {"wait_seconds": wait_seconds, "metrics": self.metrics}
+        self.device = Memory[TaskAdapter]("device", max_bytes, **wait)
+        self.host = Memory[Checked]("host", host_bytes, **wait) if host_bytes is not None else None
+        self.residency = Residency(
+            self.source,  # type: ignore[arg-type]
+            device=self.device,
+            host=self.host,
+            reading=Memory[None]("reading", 10 * FILE_BYTES, **wait),
+            metrics=self.metrics,
+            clock=self.clock,
+        )
+
+    async def use(self, version: str, name: str = "name") -> TaskAdapter:
+        async with self.residency.lease(name, version) as leased:
+            return leased
+
+    def loads(self, outcome: str) -> float:
+        return self.metrics.registry.get_sample_value("adapterd_adapter_loads_total", {"outcome": outcome}) or 0.0
 
 
-def serving(of: Catalog, name: str) -> str:
-    return asyncio.run(of.serving(name))[1]
-
-
-def test_a_release_by_another_process_is_seen_within_the_poll_interval(
-    store: FlakyStore, pool: ThreadPoolExecutor
-) -> None:
-    clock = Clock()
-    seen = catalog(store, pool, clock)
-    store.release("sentiment", VERSIONS[0], by="test")
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    store.release("sentiment", VERSIONS[1], by="test")
-    clock.now = 2.0
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    assert store.reads == 1  # nothing is read before its time
-    clock.now = 2.1
-    assert serving(seen, "sentiment") == VERSIONS[1]
-
-
-def test_the_own_releases_are_seen_at_once(store: FlakyStore, pool: ThreadPoolExecutor) -> None:
-    seen = catalog(store, pool, Clock())
-    seen.note("sentiment", store.release("sentiment", VERSIONS[0], by="test"))
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    assert store.reads == 0
-
-
-def test_a_release_read_before_it_was_overtaken_does_not_win(store: FlakyStore, pool: ThreadPoolExecutor) -> None:
-    clock = Clock()
-    seen = catalog(store, pool, clock)
-    old = store.release("sentiment", VERSIONS[0], by="test")
-    new = store.release("sentiment", VERSIONS[1], by="test")
-    seen.note("sentiment", new)
-    store.current = lambda name: old  # type: ignore[method-assign]
-    clock.now = 10.0
-    assert serving(seen, "sentiment") == VERSIONS[1]
-
-
-def test_a_store_that_fails_leaves_the_known_release_serving(store: FlakyStore, pool: ThreadPoolExecutor) -> None:
-    clock = Clock()
-    seen = catalog(store, pool, clock)
-    store.release("sentiment", VERSIONS[0], by="test")
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    store.failing = True
-    clock.now = 100.0
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    reads = store.reads
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    assert store.reads == reads  # a failing store is asked once per interval, not once per request
-    with pytest.raises(StoreUnavailable):
-        serving(seen, "never-seen")
-    store.failing = False
-    store.release("sentiment", VERSIONS[1], by="test")
-    clock.now = 200.0
-    assert serving(seen, "sentiment") == VERSIONS[1]
-
-
-@pytest.mark.parametrize(
-    ("asked", "hint"),
-    [("sentimnt", "did you mean 'sentiment'"), ("SENTIMENT", "did you mean 'sentiment'"), ("zzz", "'zzz'$")],
-)
-def test_unknown_names_are_answered_with_the_nearest(
-    store: FlakyStore, pool: ThreadPoolExecutor, asked: str, hint: str
-) -> None:
-    store.release("sentiment", VERSIONS[0], by="test")
-    store.release("spam", VERSIONS[0], by="test")
-    with pytest.raises(UnknownAdapter, match=hint):
-        serving(catalog(store, pool, Clock()), asked)
-
-
-@pytest.mark.parametrize("asked", ["", "../spam", "a/b", "x" * 1000, "\ud800", "a\0b"])
-def test_names_that_cannot_be_are_unknown(store: FlakyStore, pool: ThreadPoolExecutor, asked: str) -> None:
-    with pytest.raises(UnknownAdapter):
-        serving(catalog(store, pool, Clock()), asked)
-    assert store.reads == 0
-
-
-def test_a_store_that_hangs_leaves_the_known_release_serving(
-    store: FlakyStore, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("server.engine.catalog.PATIENCE_SECONDS", 0.05)
-    clock = Clock()
-    seen = catalog(store, pool, clock)
-    store.release("sentiment", VERSIONS[0], by="test")
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    answer = threading.Event()
-    store.current = lambda name: answer.wait(10) and None  # type: ignore[assignment,method-assign,return-value]
-    clock.now = 100.0
-    assert serving(seen, "sentiment") == VERSIONS[0]
-    assert not answer.is_set()
-    answer.set()
-
-
-def test_a_deleted_adapter_is_unknown_and_says_since_when(store: FlakyStore, pool: ThreadPoolExecutor) -> None:
-    store.release("sentiment", VERSIONS[0], by="test")
-    store.release("sentiment", None, by="test")
-    with pytest.raises(UnknownAdapter, match="deleted in release 2"):
-        serving(catalog(store, pool, Clock()), "sentiment")
-
-
-def test_a_slow_adapter_does_not_delay_the_others(pool: ThreadPoolExecutor) -> None:
-    source = Source()
-    residency = Residency(source, pool, max_bytes=1000, metrics=Metrics())
-
+def test_the_least_recently_used_leaves_first() -> None:
     async def run() -> None:
-        await residency.get("name", "warm")
-        source.gate.clear()
-        slow = asyncio.create_task(residency.get("name", "cold"))
+        one = Setting(250)
+        for version in ("v1", "v2", "v1", "v3"):
+            await one.use(version)
+        assert [version in one.residency for version in ("v1", "v2", "v3")] == [True, False, True]
+        await one.use("v2")
+        assert one.source.opened == {"v1": 1, "v2": 2, "v3": 1}
+        assert one.loads("success") == 4
+
+    asyncio.run(run())
+
+
+def test_an_adapter_that_fits_alone_is_served() -> None:
+    async def run() -> None:
+        one = Setting(NBYTES)
+        for version in ("v1", "v2", "v1"):
+            await one.use(version)
+        assert "v1" in one.residency
+        assert "v2" not in one.residency
+        with pytest.raises(OverBudget):
+            await Setting(NBYTES - 1).use("v1")
+
+    asyncio.run(run())
+
+
+def test_concurrent_requests_for_a_cold_adapter_cause_one_load() -> None:
+    async def run() -> None:
+        one = Setting(1000)
+        one.source.gates["v1"] = asyncio.Event()
+        requests = [asyncio.create_task(one.use("v1")) for _ in range(20)]
         await asyncio.sleep(0)
-        started = time.monotonic()
-        while time.monotonic() - started < 0.05:
-            await residency.get("name", "warm")
+        requests[0].cancel()  # a client that gives up takes nobody else's answer with it
+        await asyncio.sleep(0)
+        one.source.gates["v1"].set()
+        loaded = await asyncio.gather(*requests[1:])
+        assert one.source.opened == {"v1": 1}
+        assert len({id(each) for each in loaded}) == 1
+
+    asyncio.run(run())
+
+
+def test_a_failing_load_fails_its_callers_and_is_tried_again_after_a_pause() -> None:
+    async def run() -> None:
+        one = Setting(1000)
+        one.source.failing["bad"] = StoreUnavailable("gone")
+        results = await asyncio.gather(
+            *(one.use(version) for version in ("bad", "good", "bad")), return_exceptions=True
+        )
+        assert [type(result) for result in results] == [StoreUnavailable, TaskAdapter, StoreUnavailable]
+        for _ in range(5):
+            with pytest.raises(StoreUnavailable) as caught:
+                await one.use("bad")
+            assert caught.value.retry_after == 1
+        assert one.source.opened == {"bad": 1, "good": 1}
+        one.source.failing.clear()
+        one.clock.now = 1.0
+        await one.use("bad")
+        assert one.source.opened == {"bad": 2, "good": 1}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("error", [CorruptVersion("bad"), UnservableAdapter("bad"), StoreUnavailable("bad")])
+def test_a_failure_is_that_of_one_adapter_and_not_of_its_content(error: AdapterdError) -> None:
+    async def run() -> None:
+        one = Setting(1000)
+        one.source.failing["v1"] = error
+        with pytest.raises(type(error)):
+            await one.use("v1", name="damaged")
+        one.source.failing.clear()
+        await one.use("v1", name="whole")
+        assert await one.use("v1", name="damaged")  # the same bytes, and in memory now
+
+    asyncio.run(run())
+
+
+def test_a_busy_server_is_no_failure_of_the_adapter() -> None:
+    async def run() -> None:
+        one = Setting(NBYTES)
+        async with one.residency.lease("name", "v1"):
+            with pytest.raises(MemoryFull):
+                await one.use("v2")
+        await one.use("v2")
+        assert one.loads("failure") == 1
+
+    asyncio.run(run())
+
+
+def test_what_is_in_use_does_not_leave_and_others_wait_for_it() -> None:
+    async def run() -> None:
+        one = Setting(NBYTES, wait_seconds=30)
+        async with one.residency.lease("name", "v1"):
+            waiting = asyncio.create_task(one.use("v2"))
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not waiting.done()
+            assert "v1" in one.residency
+        await waiting
+        assert "v1" not in one.residency
+
+    asyncio.run(run())
+
+
+def test_a_retired_version_leaves_with_its_last_reference() -> None:
+    async def run() -> None:
+        one = Setting(1000)
+        async with one.residency.lease("name", "v1") as first:
+            async with one.residency.lease("name", "v1") as second:
+                one.residency.retire("v1")
+                assert first is second
+                assert "v1" in one.residency
+            assert "v1" in one.residency
+        assert "v1" not in one.residency
+        one.residency.retire("v1")
+        await one.use("v1")
+        assert "v1" in one.residency
+
+    asyncio.run(run())
+
+
+def test_a_slow_adapter_does_not_delay_the_others() -> None:
+    async def run() -> None:
+        one = Setting(1000)
+        await one.use("warm")
+        gate = one.source.gates["cold"] = asyncio.Event()
+        slow = asyncio.create_task(one.use("cold"))
+        await asyncio.sleep(0)
+        for _ in range(100):
+            await one.use("warm")
+        await one.use("other")  # a cold one as well
         assert not slow.done()
-        source.gate.set()
+        gate.set()
         await slow
+
+    asyncio.run(run())
+
+
+def test_what_leaves_the_device_comes_back_from_the_host() -> None:
+    async def run() -> None:
+        one = Setting(2 * NBYTES, host_bytes=10 * FILE_BYTES)
+        for version in ("v1", "v2", "v3", "v1", "v2", "v3"):
+            await one.use(version)
+        assert one.source.opened == {"v1": 1, "v2": 1, "v3": 1}
+        assert sum(one.source.placed.values()) == 6
+        assert one.host is not None
+        assert all(version in one.host for version in ("v1", "v2", "v3"))
+        one.residency.retire("v1")
+        assert "v1" not in one.host
+
+    asyncio.run(run())
+
+
+def test_a_small_host_memory_costs_reads() -> None:
+    async def run() -> None:
+        one = Setting(NBYTES, host_bytes=FILE_BYTES)
+        for version in ("v1", "v2", "v1"):
+            await one.use(version)
+        assert one.source.opened == {"v1": 2, "v2": 1}
+
+    asyncio.run(run())
+
+
+def test_a_newcomer_stays_unless_it_is_refused() -> None:
+    async def run() -> None:
+        one = Setting(2 * NBYTES)
+        checked = await one.source.check("name", OpenedVersion("new", b"", FILE_BYTES, None))  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError):
+            async with one.residency.newcomer("name", "new", checked):
+                raise RuntimeError
+        assert "new" not in one.residency
+        async with one.residency.newcomer("name", "new", checked) as adapter:
+            assert "new" not in one.residency
+        assert await one.use("new") is adapter
+        assert one.source.opened == {}
+
+    asyncio.run(run())
+
+
+def test_pinned_versions_stay() -> None:
+    async def run() -> None:
+        one = Setting(3 * NBYTES)
+        await one.use("pinned")
+        one.residency.pin({"pinned"})
+        for index in range(10):
+            await one.use(f"v{index}")
+        assert "pinned" in one.residency
+        one.residency.pin(set())
+        for index in range(10):
+            await one.use(f"v{index}")
+        assert "pinned" not in one.residency
 
     asyncio.run(run())

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from helpers import Sync, build
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, MistralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
@@ -14,16 +15,16 @@ from typer.testing import CliRunner, Result
 from server.adapters import METHODS
 from server.backbone.backbone import Backbone, fingerprint
 from server.cli import app
-from server.engine.loading import build
 from server.errors import AdapterdError, InvalidAdapter, InvalidRequest
 from server.store.artifact import Artifact
+from server.store.releases import Plan
 from server.store.store import AdapterStore
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint
+from server.tasks.dataset import Dataset, read_dataset
+from server.tasks.metrics import report
 from server.training import trainer
-from server.training.data import Dataset, read_dataset
 from server.training.evaluate import CHUNK, RETRIES, evaluate
-from server.training.metrics import report
 from server.training.options import TrainOptions
 from server.training.trainer import TrainResult, fit, outputs, train
 
@@ -188,10 +189,10 @@ class TestTrain:
         assert first.release.number == 1
         second = train(TrainOptions(**options | {"eval": None}))
         assert second.report is None
-        store = AdapterStore.open(options["store"])
+        store = Sync(AdapterStore.open(options["store"]))
         release = store.current("toy")
         assert release is not None
-        assert (release.number, release.version) == (2, second.artifact.version)
+        assert (release.number, release.plan) == (2, Plan.only(second.artifact.version))
         assert release.note == "lora, trained on toy.train.jsonl"
         assert store.get_version("toy", second.artifact.version).manifest == second.artifact.manifest
 
@@ -377,7 +378,8 @@ class TestCommands:
         summary = json.loads(result.stdout)
         assert summary["eval"]["accuracy"] == 1.0
         assert summary["published"] == {"store": str(tmp_path / "store"), "name": "toy", "release": 1}
-        config = AdapterStore.open(str(tmp_path / "store")).get_version("toy", summary["version"]).manifest.config
+        store = Sync(AdapterStore.open(str(tmp_path / "store")))
+        config = store.get_version("toy", summary["version"]).manifest.config
         assert config["mh_adapter"] is True
         assert config["non_linearity"] == "gelu"
 

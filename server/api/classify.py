@@ -1,5 +1,6 @@
 """POST /classify: the main job."""
 
+from asgi_correlation_id import correlation_id
 from fastapi import APIRouter
 
 from server.api.deps import EngineDep, SettingsDep
@@ -20,7 +21,16 @@ async def classify(body: ClassifyBody, engine: EngineDep, settings: SettingsDep)
             param="inputs",
             code="too_many_inputs",
         )
-    answer = await engine.classify(ClassifyRequest(body.adapter, tuple(body.inputs), body.truncate, body.top_k))
+    answer = await engine.classify(
+        ClassifyRequest(
+            body.adapter,
+            tuple(body.inputs),
+            body.truncate,
+            body.top_k,
+            body.version,
+            body.routing_key if body.routing_key is not None else correlation_id.get() or "",
+        )
+    )
     return ClassifyAnswer(
         adapter=answer.ref.name,
         version=answer.ref.version,

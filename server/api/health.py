@@ -28,8 +28,8 @@ async def readyz(engine: EngineDep) -> dict[str, str]:
 
 
 @router.get("/metrics", response_class=Response)
-async def metrics(series: MetricsDep) -> Response:
-    """Prometheus series."""
+def metrics(series: MetricsDep) -> Response:
+    """Prometheus series. Away from the event loop: of thousands of adapters they are long."""
     return Response(series.render(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
 
 

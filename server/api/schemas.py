@@ -1,7 +1,7 @@
 """What goes over the wire. Requests are strict: a wrong type or an unknown field is an error that names it."""
 
 from datetime import datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import (
     AfterValidator,
@@ -16,6 +16,8 @@ from pydantic import (
 )
 
 from server.core import LabelScore, check_text
+from server.store.releases import KEEP, MIN_AGE, Plan
+from server.store.report import Report
 
 
 def _listed(value: Any) -> Any:
@@ -29,6 +31,11 @@ def _not_blank(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
+Note = Annotated[str, Field(max_length=2000, description="Why; it is kept in the history."), AfterValidator(check_text)]
+After = Annotated[
+    int | None,
+    Field(ge=0, description="Only if this is still the last release (0: none yet); else 409."),
+]
 
 
 class ClassifyBody(BaseModel):
@@ -51,6 +58,15 @@ class ClassifyBody(BaseModel):
         Field(min_length=1, description="A text, or a list of texts."),
     ]
     top_k: int | None = Field(None, ge=1, description="Only this many labels of each text, the best ones.")
+    version: str | None = Field(
+        None, description="Answer with this version, whatever is released; else one that the last release names."
+    )
+    routing_key: str | None = Field(
+        None,
+        max_length=1024,
+        description="Requests with the same key get the same version while the shares of traffic stay: a user's id, "
+        "say. Without one, the request's id decides.",
+    )
     truncate: bool = Field(True, description="Cut texts that are too long for the backbone; else they get 413.")
 
     @model_validator(mode="before")
@@ -75,7 +91,9 @@ class ClassifyAnswer(BaseModel):
 
     adapter: str
     version: str = Field(description="sha256 of the adapter that answered.")
-    release: int
+    release: int | None = Field(
+        description="The adapter's last release when it answered; null where a version was asked for before any."
+    )
     backbone: str
     predictions: list[list[LabelScore]]
     truncated: list[int] = Field(description="Indices of the inputs that were cut.")
@@ -86,23 +104,62 @@ class AdapterSummary(BaseModel):
     """An adapter that serves."""
 
     name: str
-    version: str
+    version: str = Field(description="The version with the largest share of the traffic.")
+    traffic: dict[str, float] = Field(description="Version -> share of the requests.")
+    shadow: list[str] = Field(description="Versions that compute every request as well, for comparison.")
     release: int
     released_at: datetime
-    resident: bool = Field(description="Whether this process has it in memory.")
+    resident: bool | None = Field(
+        description="Whether this server has all versions that get traffic in memory; null where no server was asked."
+    )
+    pinned: bool = Field(description="Whether they are kept there.")
 
 
 class AdapterList(BaseModel):
     """A page of adapters, by name."""
 
     adapters: list[AdapterSummary]
+    damaged: list[str] = Field(description="Names in between whose last release cannot be read.")
     next: str | None = Field(description="Pass as `after` for the next page; null on the last.")
 
 
 class AdapterDetail(AdapterSummary):
-    """An adapter that serves, with its manifest."""
+    """An adapter that serves, with the manifest and the report of its main version."""
 
     manifest: dict[str, JsonValue]
+    report: Report | None = Field(description="What a server found when it checked the version.")
+
+
+class VersionInfo(BaseModel):
+    """A version in the store."""
+
+    version: str
+    bytes: int
+    stored_at: datetime
+    whole: bool = Field(description="False for what a writer that died has left.")
+    resident: bool | None = Field(description="Whether this server has it in memory; null where no server was asked.")
+
+
+class VersionList(BaseModel):
+    """An adapter's versions, the latest first."""
+
+    adapter: str
+    versions: list[VersionInfo]
+
+
+class EvaluationResult(BaseModel):
+    """How well a version did on the uploaded texts."""
+
+    rows: int
+    accuracy: float
+    macro_f1: float
+
+
+class Evaluation(BaseModel):
+    """The upload and what serves, on the same texts."""
+
+    candidate: EvaluationResult
+    current: EvaluationResult | None = Field(description="Null where nothing served that could be compared.")
 
 
 class UploadAnswer(BaseModel):
@@ -110,13 +167,64 @@ class UploadAnswer(BaseModel):
 
     adapter: str
     version: str
-    release: int
-    created: bool = Field(description="False where the same content was serving already.")
+    release: int | None = Field(description="The release that serves it; null with `release=false`.")
+    created: bool = Field(description="False where the same content was there, and serving, already.")
     method: str
     also: list[str] = Field(description="Further methods of the same adapter.")
     task: str
     labels: list[str]
     source: str
+    report: Report
+    evaluation: Evaluation | None
+
+
+class ReleaseBody(Plan):
+    """Which versions serve from here on."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={"examples": [{"traffic": {"9c" * 32: 0.9, "da" * 32: 0.1}, "note": "canary"}]},
+    )
+
+    note: Note = ""
+    after: After = None
+
+    @model_validator(mode="after")
+    def _serves(self) -> Self:
+        if not self.traffic:
+            raise ValueError("traffic names no version; DELETE takes an adapter out of service")
+        return self
+
+
+class RollbackBody(BaseModel):
+    """How far to go back."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    to: int | None = Field(None, ge=1, description="A release; without one, what served before this one.")
+    note: Note = ""
+    after: After = None
+
+
+class ReleaseAnswer(BaseModel):
+    """A release."""
+
+    adapter: str
+    release: int
+    traffic: dict[str, float] = Field(description="Version -> share of the requests; empty for a deletion.")
+    shadow: list[str]
+    created_at: datetime
+    by: str
+    note: str
+    restores: int | None = Field(description="The release that a roll-back went back to.")
+
+
+class ReleaseList(BaseModel):
+    """An adapter's history, the latest first."""
+
+    adapter: str
+    releases: list[ReleaseAnswer]
+    next: int | None = Field(description="Pass as `before` for earlier ones; null on the last page.")
 
 
 class DeleteAnswer(BaseModel):
@@ -125,6 +233,51 @@ class DeleteAnswer(BaseModel):
     adapter: str
     release: int
     deleted: bool = True
+
+
+class PinAnswer(BaseModel):
+    """Whether an adapter is kept in memory."""
+
+    adapter: str
+    pinned: bool
+
+
+class VerifyAnswer(BaseModel):
+    """A version that has just passed every check again."""
+
+    adapter: str
+    version: str
+    report: Report
+
+
+class CollectBody(BaseModel):
+    """What to keep when versions are removed that nobody needs."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    adapter: str | None = Field(None, description="Only this one's versions.")
+    keep: int = Field(KEEP, ge=1, description="Versions that the last so many releases of an adapter name stay.")
+    min_age_seconds: float = Field(
+        MIN_AGE.total_seconds(), ge=0, description="Younger versions stay: they may be about to be released."
+    )
+    dry_run: bool = Field(False, description="Only tell.")
+
+
+class CollectedVersion(BaseModel):
+    """A version that was removed."""
+
+    adapter: str
+    version: str
+    bytes: int
+    stored_at: datetime
+
+
+class CollectAnswer(BaseModel):
+    """What was removed, or would be."""
+
+    removed: list[CollectedVersion]
+    bytes: int
+    dry_run: bool
 
 
 class BackboneInfo(BaseModel):

@@ -91,6 +91,7 @@ class Backbone:
         identity = fingerprint(model.state_dict())  # before the cast: the same whatever dtype serves
         self.model: Any = model.requires_grad_(False).train(False)
         self.model.to(device=device, dtype=dtype)
+        self._dtype = dtype
         self.tokenizer = tokenizer
         self._tensors: Mapping[str, Tensor] = model.state_dict()
         self._first_position = first_position(model.config)
@@ -148,8 +149,12 @@ class Backbone:
     @property
     def dtype(self) -> torch.dtype:
         """The number format it computes in."""
-        dtype: torch.dtype = self.model.dtype
-        return dtype
+        return self._dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """The same as settings and reports write it: `float32`."""
+        return str(self._dtype).removeprefix("torch.")
 
     def module(self, site: Site) -> nn.Module:
         """The frozen module at a site; at a residual site, the normalization that follows (Identity if none does).

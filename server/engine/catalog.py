@@ -1,15 +1,20 @@
 """Which release of each adapter serves, as of at most a poll interval ago."""
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections import Counter, OrderedDict
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 from rapidfuzz import process
 
+from server.engine.failures import Failures
 from server.engine.once import Once
-from server.errors import StoreUnavailable, UnknownAdapter
+from server.errors import AdapterdError, UnknownAdapter, UnknownVersion
 from server.logs import get_logger
-from server.store.store import NAME, AdapterStore, Release
+from server.store.names import NAME
+from server.store.releases import Release
+from server.store.store import AdapterStore
 
 log = get_logger("adapterd.catalog")
 
@@ -19,66 +24,162 @@ NEAREST = 3
 PATIENCE_SECONDS = 1.0
 """How long a request waits for the store while there is a known release to serve instead."""
 
+PREPARE_SECONDS = 1.0
+"""How long a reading of a later release waits for its versions to be loaded."""
+
+MAX_KNOWN = 20_000
+"""Names whose release is remembered, the last ones asked for: some kilobytes each."""
+
+
+@dataclass(frozen=True, slots=True)
+class _View:
+    release: Release
+    read_at: float
+
 
 class Catalog:
     """The store's releases as this process knows them.
 
-    An adapter's release is read again when it is asked for and older than the poll interval; adapters nobody asks for
-    cost nothing. Where the store fails, the last known release goes on serving.
+    An adapter's release is read again when it is asked for and older than the poll interval, or beside serving when it
+    is older than half of it; so what is asked for often never waits, and what nobody asks for costs nothing. Where the
+    store fails, or has a later release but not yet its versions, the last known release goes on serving.
     """
 
     def __init__(
-        self, store: AdapterStore, executor: Executor, *, poll_seconds: float, clock: Callable[[], float]
+        self,
+        store: AdapterStore,
+        *,
+        poll_seconds: float,
+        clock: Callable[[], float],
+        prepare: Callable[[str, Release, Release], Awaitable[None]],
+        retire: Callable[[str], None],
     ) -> None:
-        """`clock` gives seconds; only differences count."""
+        """`clock` gives seconds; only differences count.
+
+        `prepare(name, known, later)` is awaited before a release of another process replaces a known one;
+        `retire(version)` is told when no known release names a version any more.
+        """
         self._store = store
         self._poll_seconds = poll_seconds
         self._clock = clock
-        self._known: dict[str, tuple[float, Release]] = {}
-        self._releases = Once[Release | None](executor)
-        self._names = Once[list[str]](executor)
+        self._prepare = prepare
+        self._retire = retire
+        self._views: OrderedDict[str, _View] = OrderedDict()
+        self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()  # asked for by version, and there
+        self._named: Counter[str] = Counter()  # version -> known releases that name it
+        self._failures = Failures[str](clock)
+        self._hanging: set[str] = set()  # names that a request has waited for in vain
+        self._reads = Once[Release | None]()
+        self._names: tuple[float, list[str]] | None = None
+        self._listing = Once[list[str]]()
 
-    async def serving(self, name: str) -> tuple[Release, str]:
-        """The release that serves and its version. Raises UnknownAdapter naming the nearest known name."""
-        release = await self._current(name) if NAME.fullmatch(name) else None
+    async def serving(self, name: str) -> Release:
+        """The release that serves. Raises UnknownAdapter naming the nearest known name."""
+        release = await self.current(name) if NAME.fullmatch(name) else None
         if release is None:
             raise await self._unknown(name)
-        if release.version is None:
+        if release.deleted:
             raise UnknownAdapter(f"adapter {name!r} was deleted in release {release.number}", param="adapter")
-        return release, release.version
+        return release
 
-    def note(self, name: str, release: Release) -> None:
-        """A release that this process made or read. Reads overtake each other; the higher number is the later one."""
-        _, known = self._known.get(name, (None, release))
-        self._known[name] = (self._clock(), max(known, release, key=lambda one: one.number))
+    async def current(self, name: str) -> Release | None:
+        """The last release, which may be a deletion; None for a name that was never released."""
+        view = self._views.get(name)
+        if view is None:
+            if error := self._failures.recent(name):
+                raise error
+            return await self._reads.call(name, lambda: self._read(name))
+        self._views.move_to_end(name)
+        age = self._clock() - view.read_at
+        if age > self._poll_seconds / 2 and self._failures.recent(name) is None:
+            reading = self._reads.start(name, lambda: self._read(name))
+            if age > self._poll_seconds and name not in self._hanging:
+                await self._wait(name, reading)
+        return self._views[name].release if name in self._views else view.release
 
-    async def names(self) -> list[str]:
-        """All names in the store, sorted; deleted ones included."""
-        return await self._names.call("names", self._store.names)
+    async def check_version(self, name: str, version: str) -> None:
+        """Raises UnknownVersion where the adapter has no such version, released or not."""
+        view = self._views.get(name)
+        if (view is not None and version in view.release.versions) or (name, version) in self._versions:
+            return
+        if not await self._store.has_version(name, version):
+            raise UnknownVersion(f"adapter {name!r} has no version {version}", param="version")
+        self._versions[name, version] = None
+        while len(self._versions) > MAX_KNOWN:
+            self._versions.popitem(last=False)
 
-    async def _current(self, name: str) -> Release | None:
-        read_at, known = self._known.get(name, (None, None))
-        if read_at is not None and self._clock() - read_at <= self._poll_seconds:
-            return known
-        reading = self._releases.call(name, lambda: self._store.current(name))
+    def note(self, name: str, release: Release, read_at: float | None = None) -> None:
+        """A release that this process made, or read from the store at some time.
+
+        Reads overtake each other; the higher number is the later one.
+        """
+        view = self._views.pop(name, None)
+        known = view.release if view else None
+        later = release if known is None or release.number > known.number else known
+        self._views[name] = _View(later, self._clock() if read_at is None else read_at)
+        if later is not known:
+            self._named.update(later.versions)
+            self._forget(known)
+        while len(self._views) > MAX_KNOWN:
+            self._forget(self._views.popitem(last=False)[1].release)
+
+    def _forget(self, release: Release | None) -> None:
+        for version in release.versions if release else ():
+            self._named[version] -= 1
+            if not self._named[version]:
+                del self._named[version]
+                self._retire(version)
+
+    async def _wait(self, name: str, reading: asyncio.Task[Release | None]) -> None:
         try:
-            release = await asyncio.wait_for(reading, PATIENCE_SECONDS if known else None)
-        except (StoreUnavailable, TimeoutError) as error:
-            if known is None:
-                raise
-            log.warning("store failed, serving the last known release", adapter=name, error=str(error))
-            release = known
-        if release is not None:
-            self.note(name, release)
-        return self._known[name][1] if name in self._known else None
+            await asyncio.wait_for(asyncio.shield(reading), PATIENCE_SECONDS)
+        except TimeoutError:
+            self._hanging.add(name)
+            reading.add_done_callback(lambda _: self._hanging.discard(name))
+            log.warning("store hangs, serving the last known release", adapter=name)
+        except AdapterdError as error:
+            log.warning("store failed, serving the last known release", adapter=name, error=error.message)
+
+    async def _read(self, name: str) -> Release | None:
+        view = self._views.get(name)
+        known = view.release if view else None
+        started = self._clock()
+        try:
+            release = await self._store.current(name, known)
+        except AdapterdError as error:
+            self._failures.note(name, error)
+            raise
+        self._failures.clear(name)
+        if release is None:
+            return None
+        if known is not None and release.number > known.number:
+            try:
+                await asyncio.wait_for(self._prepare(name, known, release), PREPARE_SECONDS)
+            except (TimeoutError, AdapterdError) as error:
+                # Its versions cannot be had yet, so the one before goes on serving, and the next poll tries again.
+                reason = getattr(error, "message", "it is still being loaded")
+                log.warning("a release waits for its versions", adapter=name, release=release.number, error=reason)
+                release = known
+        self.note(name, release, started)
+        return self._views[name].release
 
     async def _unknown(self, name: str) -> UnknownAdapter:
         hint = ""
-        if NAME.fullmatch(name):  # comparing costs time for each character and each known name
-            near = process.extract(name, await self.names(), limit=NEAREST, score_cutoff=60, processor=str.lower)
-            for candidate, _, _ in near:
-                release = await self._current(candidate)  # names of deleted adapters stay in the store
-                if release is not None and release.version is not None:
-                    hint = f"; did you mean {candidate!r}?"
-                    break
+        with suppress(AdapterdError):  # a store that fails now has said before that there is no such name
+            if NAME.fullmatch(name) and (near := await self._nearest(name)):
+                hint = f"; did you mean {near!r}?"
         return UnknownAdapter(f"no adapter is called {name[:140]!r}{hint}", param="adapter")
+
+    async def _nearest(self, name: str) -> str | None:
+        near = process.extract(name, await self._all_names(), limit=NEAREST, score_cutoff=60, processor=str.lower)
+        for candidate, _, _ in near:
+            release = await self.current(candidate)  # names of deleted adapters stay in the store
+            if release is not None and not release.deleted:
+                return str(candidate)
+        return None
+
+    async def _all_names(self) -> list[str]:
+        """As of at most a poll interval ago: a client that asks for thousands of wrong names lists the store once."""
+        if self._names is None or self._clock() - self._names[0] > self._poll_seconds:
+            self._names = self._clock(), await self._listing.call("names", self._store.names)
+        return self._names[1]

@@ -2,51 +2,55 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, TypeVar
+from datetime import timedelta
+from typing import Any, TypedDict
 
 from server.backbone.backbone import Backbone
-from server.core import AdapterRef, BackboneSpec, Classification, ClassifyRequest, Encoding
-from server.engine import loading
+from server.core import AdapterRef, BackboneSpec, Classification, ClassifyRequest
 from server.engine.catalog import Catalog
+from server.engine.loading import Checked, Loader
+from server.engine.memory import Memory
+from server.engine.pins import Pins
+from server.engine.pipeline import Pipeline
+from server.engine.proof import Prover
+from server.engine.publishing import Published, Publisher, Upload
 from server.engine.residency import Residency
-from server.engine.runner import Row, Runner
+from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
+from server.engine.shadows import Answered, Shadows
 from server.engine.worker import QueuedRow, Worker
-from server.errors import CorruptVersion, InvalidAdapter, NotFiniteOutput, TooLarge, UnservableAdapter, WrongTask
+from server.errors import AdapterdError, CorruptVersion, StoreUnavailable, TooLarge, WrongTask
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
-from server.store.artifact import Artifact, Manifest
-from server.store.formats import read_checkpoint
-from server.store.formats.files import gather
-from server.store.store import AdapterStore, Release, check_name
+from server.store.artifact import Manifest
+from server.store.gc import Removed, collect
+from server.store.names import check_name, check_version
+from server.store.releases import Plan, Release, choose
+from server.store.report import Report
+from server.store.store import AdapterStore, StoredVersion
 from server.tasks.adapter import TaskAdapter
 
 log = get_logger("adapterd.engine")
-
-T = TypeVar("T")
 
 MAX_SCORES = 100_000
 """Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
 and a half million took 9 seconds."""
 
-STORE_THREADS = 8
-"""Store calls mostly wait, so there are more of them than cores."""
+AT_ONCE = 32
+"""Releases that a list of adapters reads at the same time."""
 
+READING_SHARE = 4
+"""One part in so many of the host's memory for adapters, beside it, is for files on their way from the store."""
 
-@dataclass(frozen=True, slots=True)
-class Published:
-    """The outcome of an upload."""
+UPLOADS = 4
+"""Uploads at the same time. Unpacked, each may take hundreds of megabytes; and the store may hang for one of them."""
 
-    release: Release
-    version: str
-    manifest: Manifest
-    created: bool
-    """False where this version was serving already, so that nothing had to change."""
+LOADER_THREADS = 2
+"""They compute, beside the event loop and the device's thread."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,34 +59,79 @@ class Described:
 
     name: str
     release: Release
-    version: str
     resident: bool
+    """Whether all versions that get traffic are in memory here."""
+    pinned: bool
+
+    @property
+    def version(self) -> str:
+        """The version with most of the traffic."""
+        version = self.release.main_version
+        assert version is not None, "what serves has a version"
+        return version
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some of the adapters."""
+
+    adapters: list[Described]
+    damaged: list[str]
+    """Names whose last release cannot be read."""
+    next: str | None
+    """The name after which there are more."""
 
 
 class Engine:
     """Answers requests over one backbone and one store. Lives on one event loop, between `start` and `stop`."""
 
-    def __init__(self, backbone: Backbone, store: AdapterStore, settings: Settings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        store: AdapterStore,
+        settings: Settings,
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Takes the backbone over: nobody else may run it."""
         self._backbone = backbone
         self._store = store
         self._metrics = metrics
-        self._max_upload_bytes = settings.max_upload_bytes
-        self.upload_turn = asyncio.Lock()
-        """Uploads come one after the other: unpacked, each may take hundreds of megabytes and a store thread."""
-        # Pools of their own, so that a store that hangs holds up neither tokenization nor the event loop's own calls.
-        self._store_pool = ThreadPoolExecutor(STORE_THREADS, "adapterd-store")
+        self.upload_turn = asyncio.Semaphore(UPLOADS)
+        """To be held from before an upload's bytes are read."""
+        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader")
         self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer")
-        self._catalog = Catalog(store, self._store_pool, poll_seconds=settings.store_poll_seconds, clock=time.monotonic)
-        self._residency = Residency(
-            self._load, self._store_pool, max_bytes=settings.adapter_memory_bytes, metrics=metrics
-        )
         scheduler = Scheduler[QueuedRow](
             max_batch_tokens=settings.max_batch_tokens,
             max_queue_tokens=settings.max_queue_tokens,
-            clock=time.monotonic,
+            clock=clock,
         )
         self._worker = Worker(Runner(backbone), scheduler, metrics)
+        self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool)
+        prover = Prover(backbone, self._pipeline)
+        loader = Loader(store, backbone, prover, self._loader_pool)
+        self._residency = Residency(loader, **_memories(backbone, settings, metrics), metrics=metrics, clock=clock)
+        self._catalog = Catalog(
+            store,
+            poll_seconds=settings.store_poll_seconds,
+            clock=clock,
+            prepare=self._prefetch,
+            retire=self._residency.retire,
+        )
+        self._shadows = Shadows(self._residency, self._pipeline, metrics)
+        self._pins = Pins(store, self._catalog, self._residency, metrics, poll_seconds=settings.store_poll_seconds)
+        self._publisher = Publisher(
+            backbone,
+            store,
+            self._catalog,
+            self._residency,
+            self._pipeline,
+            prover,
+            metrics,
+            self._loader_pool,
+            max_upload_bytes=settings.max_upload_bytes,
+        )
+        self._following: asyncio.Task[None] | None = None
 
     @property
     def spec(self) -> BackboneSpec:
@@ -97,7 +146,7 @@ class Engine:
     @property
     def dtype(self) -> str:
         """In which number format."""
-        return str(self._backbone.dtype).removeprefix("torch.")
+        return self._backbone.dtype_name
 
     @property
     def layout(self) -> str:
@@ -110,134 +159,166 @@ class Engine:
         return self._worker.alive
 
     def start(self) -> None:
-        """Starts the device's thread."""
+        """Starts the device's thread, and following the store's pins."""
         self._worker.start()
+        self._following = asyncio.get_running_loop().create_task(self._pins.follow())
 
     def stop(self) -> None:
         """Ends every request that still waits, and all threads."""
+        if self._following is not None:
+            self._following.cancel()
+        self._shadows.stop()
         self._worker.stop()
-        for pool in (self._store_pool, self._tokenizer_pool):
+        for pool in (self._loader_pool, self._tokenizer_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
+    # ------------------------------------------------------------------------------------------------------ requests
+
     async def classify(self, request: ClassifyRequest) -> Classification:
-        """One prediction per input, from the version that serves when the request arrives."""
-        release, version = await self._catalog.serving(request.adapter)
-        adapter = await self._residency.get(request.adapter, version)
-        if not adapter.task.classifies:
-            raise WrongTask(
-                f"adapter {request.adapter!r} does {adapter.task.name}, which /classify does not answer",
-                param="adapter",
-            )
-        scores = len(request.inputs) * min(request.top_k or len(adapter.labels), len(adapter.labels))
-        if scores > MAX_SCORES:
-            raise TooLarge(
-                f"{len(request.inputs)} inputs and {len(adapter.labels)} labels make {scores} scores, at most "
-                f"{MAX_SCORES} fit an answer; ask for fewer labels with top_k, or send fewer inputs",
-                param="top_k",
-                code="too_many_scores",
-            )
-        texts = await self._tokenize(request.inputs, adapter, truncate=request.truncate)
-        predictions = await self._run([Row(text, adapter, request.top_k) for text in texts])
+        """One prediction per input, from one version: the one asked for, or one that the last release names."""
+        name = request.adapter
+        release, version = await self._route(request)
+        async with self._residency.lease(name, version) as adapter:
+            _check_answerable(request, adapter)
+            texts = await self._pipeline.encode(request.inputs, adapter, truncate=request.truncate)
+            predictions = await self._pipeline.run(texts, adapter, top_k=request.top_k)
+            task = adapter.task
         tokens = sum(map(len, texts))
-        self._metrics.texts.labels(request.adapter).inc(len(texts))
-        self._metrics.tokens.labels(request.adapter).inc(tokens)
+        self._metrics.answered.add(name, texts=len(texts), tokens=tokens)
+        for shadow in release.shadow if release and request.version is None else ():
+            self._shadows.start(Answered(name, request.inputs, task, request.top_k, predictions), shadow)
         return Classification(
-            ref=AdapterRef(request.adapter, version, release.number),
+            ref=AdapterRef(name, version, release.number if release else None),
             backbone=self.spec.name,
             predictions=predictions,
             tokens=tokens,
             truncated=[index for index, text in enumerate(texts) if text.truncated],
         )
 
-    async def publish(
-        self, name: str, uploads: Sequence[tuple[str, bytes]], labels: Sequence[str] | None, *, by: str, note: str
-    ) -> Published:
-        """Checks a checkpoint, proves that it runs, stores it and makes it serve.
+    async def _route(self, request: ClassifyRequest) -> tuple[Release | None, str]:
+        """The adapter's last release, and the version that answers."""
+        name = request.adapter
+        if request.version is None:
+            serving = await self._catalog.serving(name)
+            return serving, choose(name, serving.traffic, request.routing_key)
+        # A version that is not released yet can be tried; one of an adapter that was deleted cannot.
+        version = check_version(request.version)
+        release = await self._catalog.serving(name) if await self._catalog.current(check_name(name)) else None
+        await self._catalog.check_version(name, version)
+        return release, version
 
-        `uploads` are (file name, content) pairs, loose files or archives. Raises InvalidAdapter naming what is wrong,
-        and then nothing has changed.
-        """
-        check_name(name)
-        files = await self._in_store_pool(partial(gather, uploads, self._max_upload_bytes))
-        artifact = await self._in_store_pool(partial(read_checkpoint, files, labels, self._backbone))
-        adapter = await self._in_store_pool(partial(loading.build, artifact, self._backbone))
-        await self._prove(artifact, adapter)
-        version = artifact.version
-        # Also where it serves already: the same bytes do no harm, and mend a version that was damaged.
-        await self._in_store_pool(partial(self._store.put_version, name, artifact))
-        current = await self._in_store_pool(partial(self._store.current, name))
-        if current is not None and current.version == version:
-            self._catalog.note(name, current)
-            return Published(current, version, artifact.manifest, created=False)
-        release = await self._release(name, version, by=by, note=note, kind="publish")
-        self._residency.put(version, adapter)
-        return Published(release, version, artifact.manifest, created=True)
+    # ------------------------------------------------------------------------------------------------ administration
 
-    async def delete(self, name: str, *, by: str, note: str) -> Release:
-        """A release without traffic: the name answers 404 from here on, its versions and history stay."""
-        await self._catalog.serving(name)
-        return await self._release(name, None, by=by, note=note, kind="delete")
+    async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
+        """See Publisher.publish."""
+        return await self._publisher.publish(name, upload, by=by)
 
-    async def describe(self, name: str) -> tuple[Described, Manifest]:
-        """An adapter that serves, and its manifest."""
-        release, version = await self._catalog.serving(name)
-        artifact = await self._in_store_pool(partial(self._store.get_version, name, version))
-        return Described(name, release, version, version in self._residency), artifact.manifest
+    async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
+        """See Publisher.release."""
+        return await self._publisher.release(name, plan, by=by, note=note, after=after)
 
-    async def page(self, *, after: str = "", limit: int) -> tuple[list[Described], str | None]:
-        """Adapters that serve, by name, and the name to go on after, if there are more."""
-        names = [name for name in await self._catalog.names() if name > after]
-        described: list[Described] = []
+    async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
+        """See Publisher.rollback."""
+        return await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
+
+    async def delete(self, name: str, *, by: str, note: str, after: int | None) -> Release:
+        """See Publisher.delete."""
+        return await self._publisher.delete(name, by=by, note=note, after=after)
+
+    async def verify(self, name: str, version: str | None) -> tuple[str, Report]:
+        """Reads a version, by default the main one, from the store and proves it anew. Raises what is wrong with it."""
+        if version is None:
+            version = self._describe(name, await self._catalog.serving(name)).version
+        return version, await self._publisher.verify(name, version)
+
+    async def pin(self, name: str) -> None:
+        """See Pins.pin."""
+        await self._pins.pin(name)
+
+    async def unpin(self, name: str) -> None:
+        """See Pins.unpin."""
+        await self._pins.unpin(name)
+
+    async def describe(self, name: str) -> tuple[Described, Manifest, Report | None]:
+        """An adapter that serves, and the manifest and report of the version with most of its traffic."""
+        described = self._describe(name, await self._catalog.serving(name))
+        return described, *await self._store.manifest(name, described.version)
+
+    async def collect(self, *, name: str | None, keep: int, min_age: timedelta, dry_run: bool) -> list[Removed]:
+        """See gc.collect."""
+        return [one async for one in collect(self._store, name=name, keep=keep, min_age=min_age, dry_run=dry_run)]
+
+    async def versions(self, name: str) -> list[tuple[StoredVersion, bool]]:
+        """What is stored of an adapter's versions, the latest first, and whether each is in memory here."""
+        return [(one, one.version in self._residency) for one in await self._store.versions(name)]
+
+    async def history(self, name: str, *, before: int | None, limit: int) -> list[Release]:
+        """See AdapterStore.history."""
+        return await self._store.history(name, before=before, limit=limit)
+
+    async def page(self, *, after: str = "", limit: int) -> Page:
+        """Adapters that serve, by name, at most `limit` of them."""
+        names = [name for name in await self._store.names() if name > after]
+        adapters: list[Described] = []
+        damaged: list[str] = []
         # One more than fits tells whether there is another page; names of deleted adapters are passed over.
-        while names and len(described) <= limit:
-            missing = limit + 1 - len(described)
-            some, names = names[:missing], names[missing:]
-            described += [one for one in await asyncio.gather(*map(self._described, some)) if one is not None]
-        return described[:limit], described[limit - 1].name if len(described) > limit else None
+        while names and len(adapters) <= limit:
+            asked, names = names[:AT_ONCE], names[AT_ONCE:]
+            for name, found in zip(asked, await asyncio.gather(*map(self._last, asked)), strict=True):
+                if isinstance(found, AdapterdError):  # one damaged adapter must not hide the others
+                    damaged.append(name)
+                elif found is not None and not found.deleted:
+                    adapters.append(self._describe(name, found))
+        following = adapters[limit - 1].name if len(adapters) > limit else None
+        here = [name for name in damaged if following is None or name <= following]
+        return Page(adapters[:limit], here, following)
 
-    async def _described(self, name: str) -> Described | None:
+    async def _last(self, name: str) -> Release | AdapterdError | None:
         try:
-            release = await self._in_store_pool(partial(self._store.current, name))
-        except CorruptVersion as error:  # one damaged adapter must not hide the others
-            log.error("left out of the list", adapter=name, error=error.message)
-            return None
-        if release is None or release.version is None:
-            return None
-        return Described(name, release, release.version, release.version in self._residency)
+            return await self._store.current(name)
+        except (CorruptVersion, StoreUnavailable) as error:
+            return error
 
-    async def _release(self, name: str, version: str | None, *, by: str, note: str, kind: str) -> Release:
-        release = await self._in_store_pool(partial(self._store.release, name, version, by=by, note=note))
-        self._catalog.note(name, release)
-        self._metrics.releases.labels(kind).inc()
-        log.info("released", adapter=name, release=release.number, version=version, kind=kind)
-        return release
+    def _describe(self, name: str, release: Release) -> Described:
+        resident = all(version in self._residency for version in release.traffic)
+        return Described(name, release, resident, name in self._pins)
 
-    async def _prove(self, artifact: Artifact, adapter: TaskAdapter) -> None:
-        """Runs the golden sample, or at least a smoke test, through the very path that requests take."""
-        golden = artifact.manifest.golden
-        texts = await self._tokenize(golden.texts if golden else loading.SMOKE_TEXTS, adapter, truncate=True)
-        try:
-            outputs = await self._run([Row(text, adapter, raw=True) for text in texts])
-        except NotFiniteOutput as error:
-            raise InvalidAdapter(
-                "the adapter's weights are too large: its outputs are not finite", param="files", code="not_finite"
-            ) from error
-        if golden:
-            loading.check_golden(golden, outputs, self.dtype)
+    async def _prefetch(self, name: str, known: Release, later: Release) -> None:
+        """Brings what a later release serves into memory where what it replaces is there."""
+        for version in later.traffic if any(version in self._residency for version in known.traffic) else ():
+            async with self._residency.lease(name, version):
+                pass
 
-    async def _run(self, rows: list[Row]) -> list[Any]:
-        return await asyncio.wrap_future(self._worker.submit(rows).future)
 
-    async def _tokenize(self, texts: Sequence[str], adapter: TaskAdapter, *, truncate: bool) -> list[Encoding]:
-        reserved = adapter.weights.framing.positions
-        encode = partial(self._backbone.tokenizer.encode, texts, truncate=truncate, reserved=reserved)
-        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_pool, encode)
+class _Memories(TypedDict):
+    device: Memory[TaskAdapter]
+    host: Memory[Checked] | None
+    reading: Memory[None]
 
-    async def _in_store_pool(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._store_pool, function)
 
-    def _load(self, name: str, version: str) -> TaskAdapter:
-        try:
-            return loading.build(self._store.get_version(name, version), self._backbone)
-        except InvalidAdapter as error:  # it fitted the backbone of the server that accepted it
-            raise UnservableAdapter(f"adapter {name!r} cannot be served here: {error.message}") from error
+def _memories(backbone: Backbone, settings: Settings, metrics: Metrics) -> _Memories:
+    """The device's memory for adapters, the host's where that is another one, and some for files on their way."""
+
+    def memory(tier: str, max_bytes: int) -> Memory[Any]:
+        return Memory(tier, max_bytes, wait_seconds=settings.memory_wait_seconds, metrics=metrics)
+
+    reading = memory("reading", max(settings.host_memory_bytes // READING_SHARE, 1))
+    if backbone.device.type == "cpu":
+        return {"device": memory("host", settings.host_memory_bytes), "host": None, "reading": reading}
+    device, host = memory("device", settings.device_memory_bytes), memory("host", settings.host_memory_bytes)
+    return {"device": device, "host": host, "reading": reading}
+
+
+def _check_answerable(request: ClassifyRequest, adapter: TaskAdapter) -> None:
+    if not adapter.task.classifies:
+        raise WrongTask(
+            f"adapter {request.adapter!r} does {adapter.task.name}, which /classify does not answer", param="adapter"
+        )
+    scores = len(request.inputs) * min(request.top_k or len(adapter.labels), len(adapter.labels))
+    if scores > MAX_SCORES:
+        raise TooLarge(
+            f"{len(request.inputs)} inputs and {len(adapter.labels)} labels make {scores} scores, at most "
+            f"{MAX_SCORES} fit an answer; ask for fewer labels with top_k, or send fewer inputs",
+            param="top_k",
+            code="too_many_scores",
+        )

@@ -1,22 +1,43 @@
-"""An artifact to an adapter on the device, with the proof that it is one."""
+"""From the store to the device: each step, away from the event loop, with the proof that an adapter is one."""
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from torch import Tensor
 
 from server.backbone.backbone import Backbone
 from server.core import BackboneSpec
-from server.errors import InvalidAdapter
-from server.store.artifact import Artifact, Golden, TrainedOn
+from server.engine.proof import Prover
+from server.errors import InvalidAdapter, UnservableAdapter
+from server.store.artifact import Artifact, Manifest, TrainedOn
+from server.store.report import Report
+from server.store.store import AdapterStore, OpenedVersion
 from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.head import HEAD
 
-GOLDEN_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.05}
-"""How far a golden output may be off, relative to 1 + the largest output. The demo adapters, trained in float32, are
-off by 2e-7 when served in float32 and by up to 0.011 in bfloat16; the rest is room for other kernels and adapters."""
-
-SMOKE_TEXTS = ("a", "adapterd checks that this adapter gives finite answers")
+T = TypeVar("T")
 
 
-def build(artifact: Artifact, backbone: Backbone) -> TaskAdapter:
-    """The adapter, every tensor of it consumed. Raises InvalidAdapter naming what does not fit."""
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """An adapter in the host's memory that is known to fit the backbone, every tensor of it used."""
+
+    manifest: Manifest
+    report: Report | None
+    blueprint: Blueprint
+    tensors: Mapping[str, Tensor]
+    nbytes: int
+    """Memory of its tensors."""
+    estimate: int
+    """Memory that it takes on the device, as far as can be told before it is there."""
+
+
+def check(artifact: Artifact, backbone: Backbone) -> Checked:
+    """Raises InvalidAdapter naming what does not fit the backbone."""
     manifest = artifact.manifest
     _check_backbone(manifest.backbone, backbone.spec)
     blueprint = Blueprint.check(
@@ -29,26 +50,66 @@ def build(artifact: Artifact, backbone: Backbone) -> TaskAdapter:
         spec=backbone.spec,
     )
     blueprint.check_tensors(artifact.tensors)
-    return blueprint.bind(artifact.tensors, backbone)
+    return Checked(
+        manifest,
+        artifact.report,
+        blueprint,
+        artifact.tensors,
+        nbytes=sum(tensor.nbytes for tensor in artifact.tensors.values()),
+        estimate=artifact.report.memory_bytes
+        if artifact.report and _covers(artifact.report, backbone)
+        else sum(
+            tensor.nbytes if name.startswith(HEAD) else tensor.numel() * backbone.dtype.itemsize
+            for name, tensor in artifact.tensors.items()
+        ),
+    )
 
 
-def check_golden(golden: Golden, outputs: Sequence[Sequence[float]], dtype: str) -> None:
-    """Compares outputs computed here with those the trainer wrote down. Raises InvalidAdapter where they differ."""
-    tolerance = GOLDEN_TOLERANCE[dtype]
-    if [len(row) for row in golden.outputs] != [len(row) for row in outputs]:
-        raise InvalidAdapter(
-            "the golden sample's outputs do not have one row per text and one value per label", param="golden.outputs"
-        )
-    for text, expected, seen in zip(golden.texts, golden.outputs, outputs, strict=True):
-        scale = 1 + max(map(abs, expected), default=0.0)
-        off = max((abs(a - b) for a, b in zip(expected, seen, strict=True)), default=0.0)
-        if not off <= tolerance * scale:
-            raise InvalidAdapter(
-                f"the golden sample does not reproduce: outputs for {text[:60]!r} are off by {off:.3g}, "
-                f"{tolerance * scale:.3g} is allowed in {dtype}",
-                param="golden",
-                code="golden_mismatch",
-            )
+class Loader:
+    """Reads versions and places them on the device."""
+
+    def __init__(self, store: AdapterStore, backbone: Backbone, prover: Prover, executor: Executor) -> None:
+        """`executor` does what computes."""
+        self._store = store
+        self._backbone = backbone
+        self._prover = prover
+        self._executor = executor
+
+    async def open(self, name: str, version: str) -> OpenedVersion:
+        """The version, whose size is known. Raises StoreUnavailable, UnknownVersion or CorruptVersion."""
+        return await self._store.open_version(name, version)
+
+    async def check(self, name: str, opened: OpenedVersion) -> Checked:
+        """The version in the host's memory. Raises CorruptVersion, or UnservableAdapter on another backbone."""
+        verify = await opened.read()
+        try:
+            return await self._compute(lambda: check(verify(), self._backbone))
+        except InvalidAdapter as error:  # it fitted the backbone of the server that accepted it
+            raise _unservable(name, error) from error
+
+    async def place(self, checked: Checked) -> TaskAdapter:
+        """The adapter on the device."""
+        return await self._compute(partial(checked.blueprint.bind, checked.tensors, self._backbone))
+
+    async def prove(self, name: str, checked: Checked, adapter: TaskAdapter) -> None:
+        """Proves an adapter that no server has proven on this backbone yet. Raises UnservableAdapter."""
+        if checked.report is not None and _covers(checked.report, self._backbone):
+            return
+        try:
+            await self._prover.prove(checked.manifest, adapter)
+        except InvalidAdapter as error:
+            raise _unservable(name, error) from error
+
+    async def _compute(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+
+def _covers(report: Report, backbone: Backbone) -> bool:
+    return report.covers(backbone.spec.fingerprint, backbone.dtype_name)
+
+
+def _unservable(name: str, error: InvalidAdapter) -> UnservableAdapter:
+    return UnservableAdapter(f"adapter {name!r} cannot be served here: {error.message}")
 
 
 def _check_backbone(made_for: TrainedOn, spec: BackboneSpec) -> None:

@@ -1,33 +1,33 @@
-"""Blocking calls away from the event loop, one at a time per key."""
+"""Work that several callers want is done once."""
 
 import asyncio
-from collections.abc import Callable, Hashable
-from concurrent.futures import Executor
+from collections.abc import Callable, Coroutine, Hashable
 from functools import partial
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
 
 class Once(Generic[T]):
-    """Callers that ask for the same key while a call is running share its outcome."""
+    """Callers that ask for the same key while work for it is under way share its outcome."""
 
-    def __init__(self, executor: Executor) -> None:
-        """`executor` runs the calls."""
-        self._executor = executor
-        self._running: dict[Hashable, asyncio.Future[T]] = {}
+    def __init__(self) -> None:
+        self._running: dict[Hashable, asyncio.Task[T]] = {}
 
-    async def call(self, key: Hashable, function: Callable[[], T]) -> T:
-        """The outcome of `function`, or of a call for `key` that is already on its way."""
+    def start(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> asyncio.Task[T]:
+        """The task that does `work`, or one for `key` that is under way. Shield it before giving up on it."""
         running = self._running.get(key)
         if running is None:
-            running = asyncio.get_running_loop().run_in_executor(self._executor, function)
+            running = asyncio.get_running_loop().create_task(work())
             self._running[key] = running
             running.add_done_callback(partial(self._forget, key))
-        # shielded, since a caller that gives up must not take the others' answer with it
-        return await asyncio.shield(running)
+        return running
 
-    def _forget(self, key: Hashable, ended: asyncio.Future[T]) -> None:
+    async def call(self, key: Hashable, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """The outcome. A caller that gives up takes nobody else's with it."""
+        return await asyncio.shield(self.start(key, work))
+
+    def _forget(self, key: Hashable, ended: asyncio.Task[T]) -> None:
         del self._running[key]
         if not ended.cancelled():
             ended.exception()  # marks it as seen, in case every caller has given up

@@ -1,62 +1,134 @@
-"""Which adapters are in memory."""
+"""Which adapters are in memory, and how the others get there while these go on serving."""
 
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import Executor
-from functools import partial
+import time
+from collections.abc import AsyncIterator, Callable, Set
+from contextlib import asynccontextmanager
 
+from server.engine.failures import Failures
+from server.engine.loading import Checked, Loader
+from server.engine.memory import Memory
 from server.engine.once import Once
+from server.errors import (
+    AdapterdError,
+    CorruptVersion,
+    OverBudget,
+    StoreUnavailable,
+    UnknownVersion,
+    UnservableAdapter,
+)
 from server.metrics import Metrics
 from server.tasks.adapter import TaskAdapter
 
+REMEMBERED = (StoreUnavailable, CorruptVersion, UnknownVersion, UnservableAdapter, OverBudget)
+"""Failures of a version that the next request would only meet again."""
+
 
 class Residency:
-    """Adapter versions in memory, least recently used first out, within a budget in bytes.
+    """Adapter versions in memory: on the device, ready to run, and, where the device has a memory of its own, in the
+    host's memory as well, from where they come back without the store.
 
-    A request holds its adapter by reference, so one that leaves here while it is running is freed when it is done.
+    Versions are named by their content, so the same content is held once, whatever it is called.
     """
 
     def __init__(
-        self, load: Callable[[str, str], TaskAdapter], executor: Executor, *, max_bytes: int, metrics: Metrics
+        self,
+        loader: Loader,
+        *,
+        device: Memory[TaskAdapter],
+        host: Memory[Checked] | None,
+        reading: Memory[None],
+        metrics: Metrics,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`load(name, version)` reads a version from the store; it runs on `executor`."""
-        self._load = load
-        self._max_bytes = max_bytes
+        """`host` is None where the device's memory is the host's; `reading` is for files on their way."""
+        self._loader = loader
+        self._device = device
+        self._host = host
+        self._reading = reading
         self._metrics = metrics
-        self._resident: OrderedDict[str, TaskAdapter] = OrderedDict()  # by version: the same content is held once
-        self._bytes = 0
-        self._loads = Once[TaskAdapter](executor)
+        self._clock = clock
+        self._loads = Once[TaskAdapter]()
+        self._failures = Failures[tuple[str, str]](clock)
 
     def __contains__(self, version: str) -> bool:
-        """Whether a version is in memory."""
-        return version in self._resident
+        """Whether a version is ready to run."""
+        return version in self._device
 
-    async def get(self, name: str, version: str) -> TaskAdapter:
-        """The adapter, from memory or loaded beside serving; requests for one that is on its way share the load."""
-        if version in self._resident:
-            self._resident.move_to_end(version)
-            return self._resident[version]
-        adapter = await self._loads.call(version, partial(self._counted, name, version))
-        self.put(version, adapter)
-        return adapter
+    def nbytes(self, version: str) -> int:
+        """What a version takes on the device; 0 where it is not there."""
+        return self._device.nbytes(version)
 
-    def _counted(self, name: str, version: str) -> TaskAdapter:
+    @property
+    def device_budget(self) -> int:
+        """Bytes of adapters that may be on the device."""
+        return self._device.max_bytes
+
+    @asynccontextmanager
+    async def lease(self, name: str, version: str) -> AsyncIterator[TaskAdapter]:
+        """The adapter, which stays meanwhile; loaded beside serving where it is not here yet.
+
+        Callers that want one version share its load. Raises what `Loader` does, OverBudget and MemoryFull; for a
+        version that failed a moment ago, again at once.
+        """
+        with self._device.held(version):
+            adapter = self._device.get(version)
+            if adapter is None:
+                # By name too: the same content under another name lies in other files, which may be whole.
+                adapter = await self._loads.call((name, version), lambda: self._load(name, version))
+            yield adapter
+
+    @asynccontextmanager
+    async def newcomer(self, name: str, version: str, checked: Checked) -> AsyncIterator[TaskAdapter]:
+        """An adapter that is not in the store yet, on the device. It stays there if nothing is raised meanwhile."""
+        with self._device.held(version):
+            async with self._device.claim(checked.estimate) as claim:
+                adapter = await self._loader.place(checked)
+                yield adapter
+                claim.settle(version, adapter, adapter.nbytes)
+                self._failures.clear((name, version))
+
+    def pin(self, versions: Set[str]) -> None:
+        """From here on these versions, and no others, do not leave once they are here."""
+        self._device.pin(versions)
+
+    def retire(self, version: str) -> None:
+        """No release names the version any more: it leaves with the last request that uses it."""
+        self._device.retire(version)
+        if self._host is not None:
+            self._host.retire(version)
+
+    async def _load(self, name: str, version: str) -> TaskAdapter:
+        if error := self._failures.recent((name, version)):
+            raise error
+        started = self._clock()
         try:
-            adapter = self._load(name, version)
-        except Exception:
+            adapter = await self._bring(name, version)
+        except AdapterdError as error:
             self._metrics.adapter_loads.labels("failure").inc()
+            if isinstance(error, REMEMBERED):
+                self._failures.note((name, version), error)
             raise
+        self._failures.clear((name, version))
         self._metrics.adapter_loads.labels("success").inc()
+        self._metrics.adapter_load_seconds.observe(self._clock() - started)
         return adapter
 
-    def put(self, version: str, adapter: TaskAdapter) -> None:
-        """Keeps an adapter; the least recently used leave until the budget holds, except for this one."""
-        if version in self._resident:
-            return
-        self._resident[version] = adapter
-        self._bytes += adapter.nbytes
-        while self._bytes > self._max_bytes and len(self._resident) > 1:
-            _, evicted = self._resident.popitem(last=False)
-            self._bytes -= evicted.nbytes
-        self._metrics.adapters_resident.set(len(self._resident))
-        self._metrics.adapter_bytes.set(self._bytes)
+    async def _bring(self, name: str, version: str) -> TaskAdapter:
+        checked = self._host.get(version) if self._host is not None else None
+        if checked is not None:
+            return await self._place(name, version, checked)
+        opened = await self._loader.open(name, version)
+        # Until its bytes are here it takes nobody's place: they may be long in coming, or never come.
+        async with self._reading.claim(min(opened.size, self._reading.max_bytes)):
+            checked = await self._loader.check(name, opened)
+            if self._host is not None:
+                async with self._host.claim(checked.nbytes) as claim:
+                    claim.settle(version, checked, checked.nbytes)
+            return await self._place(name, version, checked)
+
+    async def _place(self, name: str, version: str, checked: Checked) -> TaskAdapter:
+        async with self._device.claim(min(checked.estimate, self._device.max_bytes)) as claim:
+            adapter = await self._loader.place(checked)
+            await self._loader.prove(name, checked, adapter)
+            claim.settle(version, adapter, adapter.nbytes)  # which knows how large it really is
+            return adapter

@@ -8,8 +8,8 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal
 
 import safetensors.torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from server.core import BackboneSpec, check_text
 from server.errors import CorruptVersion, InvalidAdapter
+from server.store.report import Report
 
 MANIFEST = "manifest.json"
 TENSORS = "adapter.safetensors"
@@ -113,20 +114,20 @@ class Artifact:
     tensors: Mapping[str, Tensor]
     manifest_bytes: bytes
     tensor_bytes: bytes
+    report: Report | None = None
+    """What is known of it beside its content; no part of the version."""
 
     @property
     def version(self) -> str:
-        """sha256 (hex) over the digests of the two files."""
-        parts = (hashlib.sha256(part).digest() for part in (self.manifest_bytes, self.tensor_bytes))
-        return hashlib.sha256(b"".join(parts)).hexdigest()
+        """sha256 (hex) over the digests of the two files, the first without the report."""
+        return _digest(self.manifest_bytes, self.tensor_bytes)
 
     @classmethod
     def build(cls, manifest: Manifest, tensors: Mapping[str, Tensor]) -> "Artifact":
         """Serializes; the same content gives the same bytes."""
         document = manifest.model_dump(mode="json", exclude_none=True)
-        text = json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
         packed = safetensors.torch.save({name: tensors[name].contiguous() for name in sorted(tensors)})
-        return cls(manifest, tensors, text.encode() + b"\n", packed)
+        return cls(manifest, tensors, _document(document), packed)
 
     @classmethod
     def parse(cls, manifest_bytes: bytes, tensor_bytes: bytes) -> "Artifact":
@@ -138,15 +139,82 @@ class Artifact:
         return cls(manifest, read_tensors(TENSORS, tensor_bytes), manifest_bytes, tensor_bytes)
 
     @classmethod
-    def verify(cls, version: str, manifest_bytes: bytes, tensor_bytes: bytes) -> "Artifact":
+    def uploaded(cls, fields: Mapping[str, Any], tensor_bytes: bytes) -> "Artifact":
+        """Of somebody's manifest and tensors. A report that comes along is not believed."""
+        own = {name: value for name, value in fields.items() if name != _REPORT}
+        try:
+            Manifest.model_validate(own)  # first: it names the field where the next step would not
+            manifest_bytes = _document(own)
+        except ValidationError as error:
+            raise invalid_fields(MANIFEST, error) from error
+        except ValueError as error:  # NaN, or half a character
+            raise InvalidAdapter(f"{MANIFEST}: {error}", param=MANIFEST, code="bad_file") from error
+        return cls.parse(manifest_bytes, tensor_bytes)
+
+    @classmethod
+    def verify(cls, version: str, manifest_file: bytes, tensor_bytes: bytes) -> "Artifact":
         """Reads a stored version. Raises CorruptVersion where its bytes are not the ones that were stored."""
+        manifest_bytes, report = _split(version, manifest_file)
+        digest = _digest(manifest_bytes, tensor_bytes)
+        if digest != version:
+            raise CorruptVersion(f"version {version} is damaged: its bytes have the digest {digest}")
         try:
             artifact = cls.parse(manifest_bytes, tensor_bytes)
         except InvalidAdapter as error:
             raise CorruptVersion(f"version {version} is damaged: {error.message}") from error
-        if artifact.version != version:
-            raise CorruptVersion(f"version {version} is damaged: its bytes have the digest {artifact.version}")
-        return artifact
+        return replace(artifact, report=report)
+
+    @staticmethod
+    def report_in(version: str, manifest_file: bytes) -> Report | None:
+        """The report in a stored manifest, if it has one. Raises CorruptVersion."""
+        return _split(version, manifest_file)[1]
+
+    @staticmethod
+    def manifest_in(version: str, manifest_file: bytes) -> tuple[Manifest, Report | None]:
+        """A stored manifest and its report, if it has one. Raises CorruptVersion."""
+        manifest_bytes, report = _split(version, manifest_file)
+        try:
+            return Manifest.model_validate_json(manifest_bytes), report
+        except ValidationError as error:
+            raise CorruptVersion(f"version {version} is damaged: {invalid_fields(MANIFEST, error).message}") from error
+
+    def manifest_file(self, report: Report | None = None) -> bytes:
+        """The manifest as it is stored: with the report as its last field."""
+        return _joined(self.manifest_bytes, report.model_dump(mode="json") if report else None)
+
+
+_REPORT = "report"
+
+
+def _digest(manifest_bytes: bytes, tensor_bytes: bytes) -> str:
+    parts = (hashlib.sha256(part).digest() for part in (manifest_bytes, tensor_bytes))
+    return hashlib.sha256(b"".join(parts)).hexdigest()
+
+
+def _document(fields: Mapping[str, Any]) -> bytes:
+    return json.dumps(fields, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _joined(manifest_bytes: bytes, report: Any) -> bytes:
+    if report is None:
+        return manifest_bytes
+    field = json.dumps({_REPORT: report}, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return manifest_bytes.removesuffix(b"\n}\n") + b",\n " + field[1:-1].encode() + b"\n}\n"
+
+
+def _split(version: str, manifest_file: bytes) -> tuple[bytes, Report | None]:
+    """A stored manifest as the bytes that the version is a digest of, and the report.
+
+    The report is one line, so nothing has to be parsed to tell it from the rest.
+    """
+    before, found, last = manifest_file.rpartition(f',\n "{_REPORT}": '.encode())
+    if not found:
+        return manifest_file, None
+    try:
+        report = Report.model_validate_json(last.removesuffix(b"\n}\n"))
+    except ValidationError as error:
+        raise CorruptVersion(f"the report of version {version} is damaged") from error
+    return before + b"\n}\n", report
 
 
 def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:

@@ -2,164 +2,341 @@
 
     <name>/versions/<sha256 of the content>/{manifest.json, adapter.safetensors}    immutable
     <name>/releases/<000001>.json                                                   append-only
+    _pins/<name>                                                                    names to keep in memory
 
 The highest release serves. A release is created with the store's create-only put, of which exactly one writer of a
 number succeeds; so there is no lock, no torn write and no lost update, and the log is the audit trail.
 """
 
+import asyncio
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Annotated
-from urllib.parse import unquote
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from uuid import uuid4
 
-import obstore
-from obstore.exceptions import AlreadyExistsError, BaseError
-from obstore.store import LocalStore, MemoryStore, ObjectStore
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from server.errors import Conflict, CorruptVersion, UnknownAdapter, UnknownVersion
+from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest
+from server.store.names import NAME, check_name, check_version
+from server.store.objects import Objects
+from server.store.releases import DELETED, Plan, Release
+from server.store.report import Report
 
-from server.errors import Conflict, CorruptVersion, InvalidRequest, StoreUnavailable, UnknownAdapter
-from server.logs import get_logger
-from server.store.artifact import MANIFEST, TENSORS, Artifact
-
-log = get_logger("adapterd.store")
-
-NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9_-]|\.(?!\.)){0,127}")
-VERSION = re.compile(r"^[0-9a-f]{64}$")
 _RELEASE_FILE = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
+_VERSION_FILE = re.compile(rf"([0-9a-f]{{64}})/({re.escape(MANIFEST)}|{re.escape(TENSORS)})")
+_PINS = "_pins"
+
+LAST_SORTED = 100_000
+"""The release file up to which all later ones sort behind it, those of seven digits too."""
+
+PATIENCE_SECONDS = 2.0
+PATIENCE_STEP_SECONDS = 0.05
 
 
-def check_name(name: str) -> str:
-    """An adapter's name: letters, digits and `._-`, so that it is the same in a URL, a path and a metric."""
-    if not NAME.fullmatch(name):
-        raise InvalidRequest(
-            f"adapter name {name[:140]!r} is not allowed: 1 to 128 letters, digits, '.', '_' or '-', starting with a "
-            "letter or digit, without '..'",
-            param="name",
-            code="invalid_name",
-        )
-    return name
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """A version in the store."""
+
+    version: str
+    size: int  # bytes of its files
+    stored_at: datetime
+    whole: bool
+    """False for what a writer that died has left."""
 
 
-def check_version(version: str) -> str:
-    """A version as `put_version` gives it: 64 lower-case hexadecimal digits."""
-    if not VERSION.fullmatch(version):
-        raise InvalidRequest(
-            f"version {version[:80]!r} is not 64 hexadecimal digits", param="version", code="invalid_version"
-        )
-    return version
+@dataclass(frozen=True, slots=True)
+class OpenedVersion:
+    """A version whose size is known and whose tensors have still to come."""
 
+    version: str
+    manifest_file: bytes
+    size: int  # bytes of the tensors' file
+    read_tensors: Callable[[], Awaitable[bytes]]
 
-class Release(BaseModel):
-    """Which version serves from here on. An adapter whose last release has no traffic is deleted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    number: int = Field(ge=1)
-    traffic: dict[Annotated[str, Field(pattern=VERSION.pattern)], float] = Field(max_length=1)
-    """version -> share of the requests, adding up to 1; empty after a deletion."""
-    created_at: datetime
-    by: str
-    note: str = ""
-
-    @property
-    def version(self) -> str | None:
-        """The version that serves; None where the adapter is deleted."""
-        return next(iter(self.traffic), None)
+    async def read(self) -> Callable[[], Artifact]:
+        """Its bytes, as a function that makes an artifact of them and proves that they are what was stored: it
+        computes, and should not do so on an event loop. Raises CorruptVersion."""
+        tensors = await self.read_tensors()
+        return lambda: Artifact.verify(self.version, self.manifest_file, tensors)
 
 
 class AdapterStore:
-    """Blocking calls; the engine makes them away from the event loop. Thread-safe, as obstore's stores are."""
+    """Coroutines of one event loop, or of several one after the other."""
 
-    def __init__(self, objects: ObjectStore) -> None:
-        """Any obstore store; all keys are below its prefix."""
+    def __init__(self, objects: Objects) -> None:
+        """All keys are below the prefix of `objects`."""
         self._objects = objects
 
     @classmethod
-    def open(cls, url: str) -> "AdapterStore":
-        """A folder (made if it is not there), `file:///absolute/folder` or `memory://`."""
-        if url == "memory://":
-            return cls(MemoryStore())
-        if url.startswith("file:///"):
-            folder = Path(unquote(url.removeprefix("file://")))
-        elif url and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
-            folder = Path(url).expanduser()
-        else:
-            raise InvalidRequest(f"store {url!r} is neither a folder, file:///... nor memory://", param="store")
-        try:
-            return cls(LocalStore(folder.resolve(), mkdir=True))
-        except (BaseError, OSError, ValueError) as error:
-            raise StoreUnavailable(f"store folder {str(folder)!r} cannot be opened: {_brief(error)}") from error
+    def open(cls, url: str, *, endpoint: str | None = None, timeout_seconds: float = 5.0) -> "AdapterStore":
+        """See Objects.open."""
+        return cls(Objects.open(url, endpoint=endpoint, timeout_seconds=timeout_seconds))
 
-    def names(self) -> list[str]:
+    async def names(self) -> list[str]:
         """All names that something is stored under, sorted; deleted ones included."""
-        with _reported():
-            listing = obstore.list_with_delimiter(self._objects)
-        return sorted(name for name in listing["common_prefixes"] if NAME.fullmatch(name))
+        return sorted(name for name in await self._objects.folders() if NAME.fullmatch(name))
 
-    def put_version(self, name: str, artifact: Artifact) -> str:
-        """Stores a version and returns it. Idempotent: the key is the content's digest."""
+    # ------------------------------------------------------------------------------------------------------ versions
+
+    async def put_version(self, name: str, artifact: Artifact, report: Report | None = None) -> str:
+        """Stores a version and returns it. Idempotent: the key is the content's digest.
+
+        Also over one that is there already: the same bytes do no harm, and mend one that was damaged.
+        """
         version = artifact.version
-        with _reported():
-            # The manifest comes last: where it is, the version is whole.
-            for file, data in ((TENSORS, artifact.tensor_bytes), (MANIFEST, artifact.manifest_bytes)):
-                obstore.put(self._objects, f"{_version_key(name, version)}/{file}", data)
+        key = _version_key(name, version)
+        # The manifest comes last: where it is, the version is whole.
+        await self._objects.put(f"{key}/{TENSORS}", artifact.tensor_bytes)
+        await self._objects.put(f"{key}/{MANIFEST}", artifact.manifest_file(report))
+        # Somebody may have been removing the version meanwhile, who looks for the manifest once the tensors are gone.
+        if not await self._objects.exists(f"{key}/{TENSORS}"):
+            await self._objects.put(f"{key}/{TENSORS}", artifact.tensor_bytes)
         return version
 
-    def get_version(self, name: str, version: str) -> Artifact:
-        """Reads a version and proves that its bytes are the ones that were stored."""
-        with _reported():
+    async def open_version(self, name: str, version: str) -> OpenedVersion:
+        """The beginning of reading a version. Raises UnknownVersion, CorruptVersion where half of it is missing."""
+        key = _version_key(name, version)
+        manifest, tensors = await asyncio.gather(
+            self._objects.get(f"{key}/{MANIFEST}"),
+            self._objects.open_object(f"{key}/{TENSORS}"),
+            return_exceptions=True,
+        )
+        for outcome in (manifest, tensors):
+            if isinstance(outcome, BaseException) and not isinstance(outcome, FileNotFoundError):
+                raise outcome
+        if isinstance(manifest, BaseException):
+            raise _unknown(name, version) from manifest
+        if isinstance(tensors, BaseException):
+            raise CorruptVersion(f"adapter {name!r} has no whole version {version}") from tensors
+        read = tensors.read
+
+        async def read_tensors() -> bytes:
             try:
-                manifest, tensors = (
-                    bytes(obstore.get(self._objects, f"{_version_key(name, version)}/{file}").bytes())
-                    for file in (MANIFEST, TENSORS)
-                )
-            except FileNotFoundError as error:
-                raise CorruptVersion(f"adapter {name!r} has no whole version {version}") from error
-        return Artifact.verify(version, manifest, tensors)
+                return await read()
+            except FileNotFoundError as error:  # it has just been collected
+                raise _unknown(name, version) from error
 
-    def releases(self, name: str) -> list[int]:
-        """The numbers of an adapter's releases, ascending; empty for a name that was never released."""
-        with _reported():
-            listing = obstore.list_with_delimiter(self._objects, f"{check_name(name)}/releases")
-        files = (_RELEASE_FILE.fullmatch(entry["path"].rpartition("/")[2]) for entry in listing["objects"])
-        return sorted(int(match[1]) for match in files if match)
+        return OpenedVersion(version, manifest, tensors.size, read_tensors)
 
-    def get_release(self, name: str, number: int) -> Release:
+    async def get_version(self, name: str, version: str) -> Artifact:
+        """Reads a version and proves that its bytes are the ones that were stored."""
+        opened = await self.open_version(name, version)
+        return await asyncio.to_thread(await opened.read())
+
+    async def versions(self, name: str) -> list[StoredVersion]:
+        """What is stored of an adapter's versions, the latest first."""
+        prefix = f"{check_name(name)}/versions"
+        files: dict[str, dict[str, tuple[int, datetime]]] = {}
+        for entry in await self._objects.entries(prefix):
+            if match := _VERSION_FILE.fullmatch(entry.key.removeprefix(f"{prefix}/")):
+                files.setdefault(match[1], {})[match[2]] = entry.size, entry.modified_at
+        found = [
+            StoredVersion(
+                version,
+                size=sum(size for size, _ in parts.values()),
+                stored_at=max(stored_at for _, stored_at in parts.values()),
+                whole=len(parts) == 2,
+            )
+            for version, parts in files.items()
+        ]
+        return sorted(found, key=lambda one: (one.stored_at, one.version), reverse=True)
+
+    async def has_version(self, name: str, version: str) -> bool:
+        """Whether a version is there."""
+        return await self._objects.exists(f"{_version_key(name, version)}/{MANIFEST}")
+
+    async def manifest(self, name: str, version: str) -> tuple[Manifest, Report | None]:
+        """A version's manifest and what a server found when it checked it, if one did; without the tensors, so that
+        nothing proves that they are what was stored. Raises UnknownVersion, CorruptVersion."""
+        try:
+            data = await self._objects.get(f"{_version_key(name, version)}/{MANIFEST}")
+        except FileNotFoundError as error:
+            raise _unknown(name, version) from error
+        return Artifact.manifest_in(version, data)
+
+    async def remove_version(self, name: str, version: str, keep: Callable[[], Awaitable[bool]]) -> bool:
+        """Removes a version unless `keep` says, once it can no longer be released, that it has been.
+
+        False where it was kept.
+        """
+        manifest_key, tensors_key = (f"{_version_key(name, version)}/{file}" for file in (MANIFEST, TENSORS))
+        manifest, tensors = await self._if_there(manifest_key), await self._if_there(tensors_key)
+        kept = True
+        try:
+            await self._objects.delete(manifest_key)  # first: from here on, the version is not there
+            kept = await keep()
+        finally:
+            if kept and manifest is not None:
+                await self._objects.put(manifest_key, manifest)
+        # Somebody may upload it again meanwhile, who looks for the tensors once the manifest is there.
+        if kept or await self._objects.exists(manifest_key):
+            return False
+        await self._objects.delete(tensors_key)
+        if tensors is not None and await self._objects.exists(manifest_key):
+            await self._objects.put(tensors_key, tensors)
+            return False
+        return True
+
+    async def _if_there(self, key: str) -> bytes | None:
+        try:
+            return await self._objects.get(key)
+        except FileNotFoundError:
+            return None
+
+    async def remove_leftovers(self, min_age: timedelta) -> None:
+        """Removes files that writers that died have left half-written."""
+        await self._objects.remove_leftovers(min_age)
+
+    # ------------------------------------------------------------------------------------------------------ releases
+
+    async def releases(self, name: str, after: int = 0) -> list[int]:
+        """The numbers of an adapter's releases later than `after`, ascending; none for one that was never released."""
+        prefix = f"{check_name(name)}/releases"
+        entries = await self._objects.entries(prefix, _release_key(name, after) if 0 < after <= LAST_SORTED else None)
+        files = (_RELEASE_FILE.fullmatch(entry.key.removeprefix(f"{prefix}/")) for entry in entries)
+        return sorted(number for match in files if match and (number := int(match[1])) > after)
+
+    async def get_release(self, name: str, number: int) -> Release:
         """One release of an adapter."""
         try:
-            with _reported():
-                data = bytes(obstore.get(self._objects, _release_key(name, number)).bytes())
-            return Release.model_validate_json(data)
+            return Release.read(await self._objects.get(_release_key(name, number)))
         except FileNotFoundError as error:
             raise UnknownAdapter(f"adapter {name!r} has no release {number}", param="release") from error
-        except ValidationError as error:
+        except ValueError as error:
             raise CorruptVersion(f"release {number} of adapter {name!r} is damaged") from error
 
-    def current(self, name: str) -> Release | None:
-        """The release that serves, which may be a deletion; None for a name that was never released."""
-        numbers = self.releases(name)
-        return self.get_release(name, numbers[-1]) if numbers else None
+    async def current(self, name: str, known: Release | None = None) -> Release | None:
+        """The release that serves, which may be a deletion; None for a name that was never released.
 
-    def release(self, name: str, version: str | None, *, by: str, note: str = "") -> Release:
-        """Makes the next release: `version` takes all traffic, or none does. Raises Conflict if another came first."""
-        number = max(self.releases(name), default=0) + 1
+        With one that is `known`, only later ones are looked for.
+        """
+        numbers = await self.releases(name, known.number if known else 0)
+        return await self.get_release(name, numbers[-1]) if numbers else known
+
+    async def history(self, name: str, *, before: int | None = None, limit: int = 100) -> list[Release]:
+        """Releases, the latest first. Raises UnknownAdapter for a name without any."""
+        numbers = await self.releases(name)
+        if not numbers:
+            raise UnknownAdapter(f"adapter {name!r} was never released", param="adapter")
+        chosen = [number for number in reversed(numbers) if before is None or number < before][:limit]
+        return list(await asyncio.gather(*(self.get_release(name, number) for number in chosen)))
+
+    async def release(
+        self, name: str, plan: Plan, *, by: str, note: str = "", after: int | None = None, restores: int | None = None
+    ) -> Release:
+        """Makes the next release.
+
+        `after`: the number of the release that it has to follow, 0 for none. Raises UnknownVersion for a version that
+        is not stored, Conflict where another release came first.
+        """
+        numbers = await self.releases(name)
+        last = max(numbers, default=0)
+        if after is not None and last != after:
+            raise Conflict(f"the last release of adapter {name!r} is {last}, not {after}", param="after")
+        await self._check_versions(name, plan)
         release = Release(
-            number=number,
-            traffic={check_version(version): 1.0} if version is not None else {},
+            number=last + 1,
+            traffic=plan.traffic,
+            shadow=plan.shadow,
             created_at=datetime.now(UTC),
             by=by,
             note=note,
+            restores=restores,
+            id=uuid4().hex,
         )
-        with _reported():
-            try:
-                data = release.model_dump_json(indent=1).encode() + b"\n"
-                obstore.put(self._objects, _release_key(name, number), data, mode="create")
-            except AlreadyExistsError as error:
-                raise Conflict(f"release {number} of adapter {name!r} was made by somebody else just now") from error
+        if not await self._objects.create(_release_key(name, release.number), release.file()):
+            raise Conflict(f"release {release.number} of adapter {name!r} was made by somebody else just now")
+        try:
+            await self._check_versions(name, plan, patience=PATIENCE_SECONDS)
+        except UnknownVersion:
+            before = await self.get_release(name, last) if last else None
+            back = before.plan if before else DELETED
+            await self.release(name, back, by=by, note=f"a version of release {release.number} was removed meanwhile")
+            raise
         return release
+
+    async def _check_versions(self, name: str, plan: Plan, *, patience: float = 0.0) -> None:
+        """Raises UnknownVersion for one that is not stored.
+
+        Garbage collection takes a version away before it looks whether somebody releases it, and puts it back then:
+        `patience` is how many seconds it has for that.
+        """
+        until = time.monotonic() + patience
+        while True:
+            found = await asyncio.gather(*(self.has_version(name, version) for version in plan.versions))
+            if all(found):
+                return
+            if time.monotonic() >= until:
+                version = plan.versions[found.index(False)]
+                raise UnknownVersion(f"adapter {name!r} has no version {version}", param="traffic")
+            await asyncio.sleep(PATIENCE_STEP_SECONDS)
+
+    async def delete(self, name: str, *, by: str, note: str = "", after: int | None = None) -> Release:
+        """A release without traffic; versions and history stay. Raises UnknownAdapter where nothing serves."""
+        current = await self.current(name)
+        if current is None or current.deleted:
+            raise UnknownAdapter(f"no adapter {name!r} serves", param="adapter")
+        return await self.release(name, DELETED, by=by, note=note, after=current.number if after is None else after)
+
+    async def rollback(
+        self, name: str, *, to: int | None = None, by: str, note: str = "", after: int | None = None
+    ) -> Release:
+        """Makes a release that serves what an earlier one did; see rollback_target."""
+        current, target = await self.rollback_target(name, to)
+        follows = current.number if after is None else after
+        return await self.release(name, target.plan, by=by, note=note, after=follows, restores=target.number)
+
+    async def rollback_target(self, name: str, to: int | None = None) -> tuple[Release, Release]:
+        """The release that is the last one now, and the one to go back to: `to`, or what served before this one.
+
+        Rolling back again goes further back; deletions are passed over. Raises UnknownAdapter for a name or a number
+        that was never released, Conflict where there is nothing to go back to.
+        """
+        numbers = await self.releases(name)
+        if not numbers:
+            raise UnknownAdapter(f"adapter {name!r} was never released", param="adapter")
+        current = await self.get_release(name, numbers[-1])
+        target = await (self._before(name, current, numbers) if to is None else self.get_release(name, to))
+        if target is None or target.deleted:
+            raise Conflict(
+                f"release {to} of adapter {name!r} is a deletion; delete the adapter instead"
+                if target
+                else f"adapter {name!r} has no earlier release that served",
+                param="to",
+                code="nothing_to_roll_back_to",
+            )
+        return current, target
+
+    async def _before(self, name: str, current: Release, numbers: list[int]) -> Release | None:
+        """The last release before what `current` stands for that served something else."""
+        origin = current
+        while origin.restores is not None:
+            origin = await self.get_release(name, origin.restores)
+        for number in reversed([number for number in numbers if number < origin.number]):
+            release = await self.get_release(name, number)
+            if not release.deleted and release.plan != current.plan:
+                return release
+        return None
+
+    # ---------------------------------------------------------------------------------------------------------- pins
+
+    async def pins(self) -> list[str]:
+        """Names that every server keeps in memory, sorted."""
+        names = (entry.key.removeprefix(f"{_PINS}/") for entry in await self._objects.entries(_PINS))
+        return sorted(name for name in names if NAME.fullmatch(name))
+
+    async def pin(self, name: str) -> None:
+        """From here on every server keeps what the name serves in memory."""
+        await self._objects.put(f"{_PINS}/{check_name(name)}", b"\n")
+
+    async def unpin(self, name: str) -> None:
+        """The opposite of pin."""
+        await self._objects.delete(f"{_PINS}/{check_name(name)}")
+
+
+def _unknown(name: str, version: str) -> UnknownVersion:
+    return UnknownVersion(f"adapter {name!r} has no version {version}", param="version")
 
 
 def _version_key(name: str, version: str) -> str:
@@ -168,21 +345,3 @@ def _version_key(name: str, version: str) -> str:
 
 def _release_key(name: str, number: int) -> str:
     return f"{check_name(name)}/releases/{number:06}.json"
-
-
-@contextmanager
-def _reported() -> Iterator[None]:
-    """The store's failures as StoreUnavailable; "not found" stays FileNotFoundError, since it is an answer."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except (BaseError, OSError) as error:
-        # The reason names paths and hosts: it is for the operator, not for clients.
-        log.error("store failed", error=_brief(error))
-        raise StoreUnavailable("the adapter store failed") from error
-
-
-def _brief(error: Exception) -> str:
-    """obstore's messages without the debugging dump that follows them."""
-    return str(error).partition("\n")[0]

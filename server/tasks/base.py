@@ -56,5 +56,9 @@ class Task(ABC, Generic[ConfigT, HeadT]):
     def decode(self, outputs: Any, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
         """Raw outputs as answers, one per text, each with at most `top_k` labels."""
 
+    def agrees(self, one: Prediction, other: Prediction) -> bool:
+        """Whether two answers to a text come to the same: here, whether their best labels are the same one."""
+        return [score.label for score in one[:1]] == [score.label for score in other[:1]]
+
 
 AnyTask = Task[Any, Any]

@@ -3,7 +3,10 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from server.core import Prediction
 from server.tasks.classification import Classification
+
+LIKELY = 0.5
 
 
 class MultiLabelClassification(Classification):
@@ -19,3 +22,11 @@ class MultiLabelClassification(Classification):
     def scores(self, outputs: Tensor) -> Tensor:
         """Logits [texts, labels] as probabilities."""
         return outputs.float().sigmoid()
+
+    def agrees(self, one: Prediction, other: Prediction) -> bool:
+        """Whether the same labels are more likely than not."""
+        return _likely(one) == _likely(other)
+
+
+def _likely(prediction: Prediction) -> set[str]:
+    return {score.label for score in prediction if score.score >= LIKELY}

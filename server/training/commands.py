@@ -106,7 +106,7 @@ def evaluate_command(
     with _reported():
         import httpx
 
-        from server.training.data import read_dataset
+        from server.tasks.dataset import read_dataset
         from server.training.evaluate import evaluate
 
         dataset = read_dataset(data)

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from tqdm.auto import tqdm
 
 from server.errors import AdapterdError
-from server.training.data import Dataset
-from server.training.metrics import Report, report
+from server.tasks.dataset import Dataset
+from server.tasks.metrics import Report, report
 
 CHUNK = 32
 """Texts of one request."""

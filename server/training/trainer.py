@@ -3,6 +3,7 @@
 At every step the tensors are bound and applied by the same code that serves them, so what is trained is what is served.
 """
 
+import asyncio
 import math
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,10 +25,12 @@ from server.backbone.tokenizer import Tokenizer
 from server.core import BackboneSpec, Encoding
 from server.errors import Conflict, InvalidRequest
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, Training
-from server.store.store import AdapterStore, Release, check_name
+from server.store.names import check_name
+from server.store.releases import Plan, Release
+from server.store.store import AdapterStore
 from server.tasks.adapter import Blueprint, TaskAdapter
-from server.training.data import Dataset, read_dataset
-from server.training.metrics import Report, report
+from server.tasks.dataset import Dataset, read_dataset
+from server.tasks.metrics import Report, report
 from server.training.options import TrainOptions
 
 TASK = "classification"
@@ -96,17 +99,17 @@ def train(options: TrainOptions) -> TrainResult:
 
     release = None
     if store and options.name:
-        version = store.put_version(options.name, artifact)
-        release = _release(store, options.name, version, _note(options, measured))
+        release = asyncio.run(_publish(store, options.name, artifact, _note(options, measured)))
     return TrainResult(artifact, losses, measured, release)
 
 
-def _release(store: AdapterStore, name: str, version: str, note: str) -> Release:
+async def _publish(store: AdapterStore, name: str, artifact: Artifact, note: str) -> Release:
     """Releases what training took hours to make, also where others release under the same name meanwhile."""
+    plan = Plan.only(await store.put_version(name, artifact))
     for _ in range(RELEASE_TRIES - 1):
         with suppress(Conflict):
-            return store.release(name, version, by="adapterd train", note=note)
-    return store.release(name, version, by="adapterd train", note=note)
+            return await store.release(name, plan, by="adapterd train", note=note)
+    return await store.release(name, plan, by="adapterd train", note=note)
 
 
 def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Any:

@@ -7,7 +7,7 @@ from server.adapters.base import Host
 from server.errors import InvalidAdapter
 from server.store.artifact import MANIFEST, TENSORS, Artifact
 from server.store.formats import adapterhub, classifier, peft
-from server.store.formats.files import required, required_json
+from server.store.formats.files import required
 from server.store.formats.reading import MODEL_CONFIG, read_json
 
 ACCEPTED = (
@@ -41,4 +41,4 @@ def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, ho
         return read(inside, labels, host)
     if labels is not None:
         raise InvalidAdapter(f"{MANIFEST} names the labels; leave the field out", param="labels")
-    return Artifact.parse(required_json(inside, MANIFEST), required(inside, TENSORS))
+    return Artifact.uploaded(read_json(inside, MANIFEST), required(inside, TENSORS))

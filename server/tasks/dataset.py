@@ -39,14 +39,19 @@ class Dataset:
 
 
 def read_dataset(path: Path, known: Collection[str] | None = None) -> Dataset:
-    """Reads rows `{"text": ..., "label": ...}`; other fields and blank lines are skipped.
-
-    Raises InvalidRequest naming the file and the line, also for a label that is not among the `known` ones.
-    """
+    """Reads a file; see parse_dataset."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}", param=str(path)) from error
+    return parse_dataset(data, str(path), known)
+
+
+def parse_dataset(data: bytes, source: str, known: Collection[str] | None = None) -> Dataset:
+    """Rows `{"text": ..., "label": ...}`; other fields and blank lines are skipped.
+
+    Raises InvalidRequest naming the `source` and the line, also for a label that is not among the `known` ones.
+    """
     rows: list[_Row] = []
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
@@ -54,17 +59,17 @@ def read_dataset(path: Path, known: Collection[str] | None = None) -> Dataset:
         try:
             row = _Row.model_validate_json(line)
         except ValidationError as error:
-            raise _invalid(path, number, _reason(error)) from error
+            raise _invalid(source, number, _reason(error)) from error
         if known is not None and row.label not in known:
-            raise _invalid(path, number, f"label {row.label!r} is none of {', '.join(known)}")
+            raise _invalid(source, number, f"label {row.label!r} is none of {', '.join(known)}")
         rows.append(row)
     if not rows:
-        raise InvalidRequest(f"{path}: no rows", param=str(path))
+        raise InvalidRequest(f"{source}: no rows", param=source)
     return Dataset(tuple(row.text for row in rows), tuple(row.label for row in rows), hashlib.sha256(data).hexdigest())
 
 
-def _invalid(path: Path, number: int, reason: str) -> InvalidRequest:
-    where = f"{path}:{number}"
+def _invalid(source: str, number: int, reason: str) -> InvalidRequest:
+    where = f"{source}:{number}"
     return InvalidRequest(f"{where}: {reason}", param=where)
 
 

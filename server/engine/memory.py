@@ -1,0 +1,176 @@
+"""Memory with a budget in bytes: what is in it, what is about to come, and who has to leave."""
+
+import asyncio
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Iterator, Set
+from contextlib import asynccontextmanager, contextmanager
+from typing import Generic, TypeVar
+
+from server.errors import MemoryFull, OverBudget
+from server.metrics import Metrics
+
+V = TypeVar("V")
+
+
+class Claim(Generic[V]):
+    """Memory that is about to be taken."""
+
+    def __init__(self, memory: "Memory[V]", nbytes: int) -> None:
+        self._memory = memory
+        self.nbytes = nbytes
+
+    def settle(self, key: str, value: V, nbytes: int) -> None:
+        """The value is there and really takes this much. Raises OverBudget or MemoryFull where that does not fit."""
+        self._memory.settle(self, key, value, nbytes)
+
+
+class Memory(Generic[V]):
+    """Values by key, least recently used first out. What is held by somebody, and what is pinned, stays.
+
+    Nothing is taken that was not claimed before, so values and claims together never exceed the budget. Lives on one
+    event loop.
+    """
+
+    def __init__(self, tier: str, max_bytes: int, *, wait_seconds: float, metrics: Metrics) -> None:
+        """`tier` names it in metrics and errors; `wait_seconds` is how long a claim waits for values to be let go."""
+        self._tier = tier
+        self.max_bytes = max_bytes
+        self._wait_seconds = wait_seconds
+        self._resident_gauge = metrics.adapters_resident.labels(tier)
+        self._bytes_gauge = metrics.adapter_bytes.labels(tier)
+        self._evictions = metrics.evictions.labels(tier)
+        self._values: OrderedDict[str, tuple[V, int]] = OrderedDict()
+        self._held: Counter[str] = Counter()
+        self._pinned: Set[str] = frozenset()
+        self._retired: set[str] = set()
+        self._bytes = 0  # of values and claims
+        self._waiting: set[asyncio.Future[None]] = set()  # for something to be let go
+        metrics.memory_budget_bytes.labels(tier).set(max_bytes)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._values
+
+    def get(self, key: str) -> V | None:
+        """The value, the most recently used one from here on; None where it is not here."""
+        if key not in self._values:
+            return None
+        self._values.move_to_end(key)
+        return self._values[key][0]
+
+    def nbytes(self, key: str) -> int:
+        """What a value takes; 0 where it is not here."""
+        return self._values[key][1] if key in self._values else 0
+
+    @contextmanager
+    def held(self, key: str) -> Iterator[None]:
+        """Meanwhile the key, here already or on its way, does not leave."""
+        self._held[key] += 1
+        try:
+            yield
+        finally:
+            self._held[key] -= 1
+            if not self._held[key]:
+                del self._held[key]
+                if key in self._retired:
+                    self._sweep()
+                self._wake()
+
+    def pin(self, keys: Set[str]) -> None:
+        """From here on these keys, and no others, do not leave."""
+        self._pinned = frozenset(keys)
+        self._sweep()
+
+    def retire(self, key: str) -> None:
+        """The value is of no further use: it leaves as soon as nobody holds it."""
+        if key in self._values:
+            self._retired.add(key)
+            self._sweep()
+
+    @asynccontextmanager
+    async def claim(self, nbytes: int) -> AsyncIterator[Claim[V]]:
+        """Memory for a value, which others leave for; what is not settled is given back.
+
+        Raises OverBudget where it can never fit, MemoryFull where it does not fit now.
+        """
+        await self._make_room(nbytes)
+        claim = Claim(self, nbytes)
+        self._bytes += nbytes
+        self._measure()
+        try:
+            yield claim
+        finally:
+            self._bytes -= claim.nbytes
+            self._measure()
+            self._wake()
+
+    def settle(self, claim: Claim[V], key: str, value: V, nbytes: int) -> None:
+        """Puts the value where its claim was."""
+        if not self._evict(nbytes - claim.nbytes - self.nbytes(key), replaced=key):
+            raise self._full(nbytes)
+        self._drop(key)
+        self._values[key] = value, nbytes
+        self._bytes += nbytes - claim.nbytes
+        claim.nbytes = 0
+        self._measure()
+
+    async def _make_room(self, nbytes: int) -> None:
+        if nbytes > self.max_bytes:
+            raise self._full(nbytes)
+        try:
+            async with asyncio.timeout(self._wait_seconds):
+                while not self._evict(nbytes):
+                    await self._wait()
+        except TimeoutError:
+            raise self._full(nbytes) from None
+
+    async def _wait(self) -> None:
+        woken = asyncio.get_running_loop().create_future()
+        self._waiting.add(woken)
+        try:
+            await woken
+        finally:
+            self._waiting.discard(woken)
+
+    def _full(self, nbytes: int) -> OverBudget | MemoryFull:
+        if nbytes > self.max_bytes:
+            return OverBudget(
+                f"the adapter takes {nbytes} bytes, {self._tier} memory has {self.max_bytes} for adapters"
+            )
+        return MemoryFull(f"{nbytes} bytes do not fit: the adapters in {self._tier} memory are in use or pinned")
+
+    def _evict(self, nbytes: int, replaced: str | None = None) -> bool:
+        """Frees that much beside what is claimed, from the least recently used on; False, and nothing, if it cannot."""
+        missing = self._bytes + nbytes - self.max_bytes
+        leaving: list[str] = []
+        for key, (_, size) in self._values.items():
+            if missing <= 0:
+                break
+            if key != replaced and key not in self._held and key not in self._pinned:
+                leaving.append(key)
+                missing -= size
+        if missing > 0:
+            return False
+        for key in leaving:
+            self._drop(key)
+            self._evictions.inc()
+        return True
+
+    def _drop(self, key: str) -> None:
+        if key in self._values:
+            self._bytes -= self._values.pop(key)[1]
+        self._retired.discard(key)
+
+    def _sweep(self) -> None:
+        for key in self._retired - self._held.keys() - self._pinned:
+            self._drop(key)
+        self._measure()
+        self._wake()
+
+    def _wake(self) -> None:
+        for waiting in self._waiting:
+            if not waiting.done():
+                waiting.set_result(None)
+
+    def _measure(self) -> None:
+        self._resident_gauge.set(len(self._values))
+        self._bytes_gauge.set(self._bytes)

@@ -1,0 +1,79 @@
+"""Shadow versions: they compute what was answered already, and agree or not."""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.core import Prediction
+from server.engine.pipeline import Pipeline
+from server.engine.residency import Residency
+from server.errors import AdapterdError, Overloaded
+from server.logs import get_logger
+from server.metrics import Metrics
+from server.tasks.base import AnyTask
+
+log = get_logger("adapterd.shadows")
+
+MAX_WAITING = 64
+"""Comparisons under way. They come after requests: beyond this, and while the queue is full, they are left out."""
+
+SHORT = 12
+"""Digits of a version in a label."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A request that a version has answered."""
+
+    name: str
+    texts: Sequence[str]
+    task: AnyTask
+    top_k: int | None
+    predictions: Sequence[Prediction]
+
+
+class Shadows:
+    """Runs shadow versions beside serving and counts how often they agree."""
+
+    def __init__(self, residency: Residency, pipeline: Pipeline, metrics: Metrics) -> None:
+        self._residency = residency
+        self._pipeline = pipeline
+        self._metrics = metrics
+        self._waiting: set[asyncio.Task[None]] = set()
+
+    def start(self, answered: Answered, version: str) -> None:
+        """Compares later; nobody waits for it."""
+        if len(self._waiting) >= MAX_WAITING:
+            self._count(answered, version, "skipped", len(answered.texts))
+            return
+        task = asyncio.get_running_loop().create_task(self._compare(answered, version))
+        self._waiting.add(task)
+        task.add_done_callback(self._waiting.discard)
+
+    async def drain(self) -> None:
+        """Waits for what is under way."""
+        await asyncio.gather(*self._waiting)
+
+    def stop(self) -> None:
+        """Gives up what is under way."""
+        for task in self._waiting:
+            task.cancel()
+
+    async def _compare(self, answered: Answered, version: str) -> None:
+        try:
+            async with self._residency.lease(answered.name, version) as adapter:
+                texts = await self._pipeline.encode(answered.texts, adapter, truncate=True)
+                shadows: list[Prediction] = await self._pipeline.run(texts, adapter, top_k=answered.top_k)
+        except Overloaded:
+            self._count(answered, version, "skipped", len(answered.texts))
+        except AdapterdError as error:
+            log.warning("shadow failed", adapter=answered.name, version=version, error=error.message)
+            self._count(answered, version, "failed", len(answered.texts))
+        else:
+            agreed = sum(map(answered.task.agrees, answered.predictions, shadows))
+            self._count(answered, version, "agreed", agreed)
+            self._count(answered, version, "disagreed", len(shadows) - agreed)
+
+    def _count(self, answered: Answered, version: str, outcome: str, texts: int) -> None:
+        if texts:
+            self._metrics.shadow_texts.labels(answered.name, version[:SHORT], outcome).inc(texts)

@@ -1,0 +1,1 @@
+"""`adapterd adapters`: looking after adapters from the command line, through a server or straight on a store."""

@@ -1,0 +1,298 @@
+"""An object store: the few calls that the adapter store is made of, each with a deadline, tried again, and with named
+failures. Everything about obstore is here.
+"""
+
+import asyncio
+import os
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+from urllib.parse import unquote
+
+import obstore
+import stamina
+from obstore.exceptions import (
+    AlreadyExistsError,
+    BaseError,
+    InvalidPathError,
+    NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnknownConfigurationKeyError,
+)
+from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, ObjectStore, S3Store
+
+from server.errors import InvalidRequest, StoreUnavailable
+from server.logs import get_logger
+
+log = get_logger("adapterd.store")
+
+T = TypeVar("T")
+
+ATTEMPTS = 3
+FIRST_WAIT_SECONDS = 0.1
+LONGEST_WAIT_SECONDS = 1.0
+
+SLOWEST_BYTES_PER_SECOND = 1024 * 1024
+"""A call may take its deadline, and for each such portion of data a second more."""
+
+SCHEMES = ("file", "memory", "s3", "gs", "az")
+
+S3_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+"""Where AWS's own tools look for one."""
+
+_LEFTOVER = re.compile(r".+#[0-9]+")
+"""How obstore names a file that it is writing."""
+
+_HOPELESS = (
+    FileNotFoundError,
+    PermissionError,
+    AlreadyExistsError,
+    InvalidPathError,
+    NotSupportedError,
+    PermissionDeniedError,
+    UnauthenticatedError,
+    UnknownConfigurationKeyError,
+)
+"""Failures that trying again does not mend."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An object in a listing."""
+
+    key: str
+    size: int  # bytes
+    modified_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An object whose size is known and whose bytes have still to come."""
+
+    size: int
+    read: Callable[[], Awaitable[bytes]]
+    """Raises StoreUnavailable."""
+
+
+class Objects:
+    """Keys to bytes. Raises FileNotFoundError, which is an answer, or StoreUnavailable."""
+
+    def __init__(self, objects: ObjectStore, *, timeout_seconds: float = 5.0, root: Path | None = None) -> None:
+        """`root` is the folder of a store that is one."""
+        self._objects = objects
+        self._timeout_seconds = timeout_seconds
+        self._root = root
+
+    @classmethod
+    def open(cls, url: str, *, endpoint: str | None = None, timeout_seconds: float = 5.0) -> "Objects":
+        """A folder (made if it is not there), file:///folder, memory://, s3://, gs:// or az://.
+
+        Credentials come from where the clouds' own tools look: environment, instance or workload identity.
+        `endpoint` is the address of a server that speaks S3's or Azure's protocol. Raises InvalidRequest for a URL
+        that makes no sense, StoreUnavailable for a folder that cannot be opened.
+        """
+        scheme, separator, rest = url.partition("://")
+        if not separator and url and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
+            return cls._folder(Path(url), timeout_seconds)
+        if scheme == "memory" and separator and not rest:
+            return cls(MemoryStore(), timeout_seconds=timeout_seconds)
+        if scheme == "file" and rest.startswith("/"):
+            return cls._folder(Path(unquote(rest)), timeout_seconds)
+        bucket, _, prefix = rest.partition("/")
+        if scheme not in ("s3", "gs", "az") or not bucket:
+            raise InvalidRequest(
+                f"store {url!r} is none of: a folder, file:///folder, memory://, s3://bucket/prefix, "
+                "gs://bucket/prefix, az://container/prefix",
+                param="store",
+            )
+        try:
+            remote = _remote(scheme, bucket, prefix.strip("/"), endpoint, timeout_seconds)
+        except (BaseError, ValueError) as error:
+            raise InvalidRequest(f"store {url!r} cannot be opened: {brief(error)}", param="store") from error
+        return cls(remote, timeout_seconds=timeout_seconds)
+
+    @classmethod
+    def _folder(cls, folder: Path, timeout_seconds: float) -> "Objects":
+        try:
+            root = folder.expanduser().resolve()
+            return cls(LocalStore(root, mkdir=True), timeout_seconds=timeout_seconds, root=root)
+        except (BaseError, OSError, ValueError, RuntimeError) as error:  # the last for ~nobody
+            raise StoreUnavailable(f"store folder {str(folder)!r} cannot be opened: {brief(error)}") from error
+
+    async def get(self, key: str) -> bytes:
+        """An object's bytes."""
+
+        async def read() -> bytes:
+            return bytes(await (await obstore.get_async(self._objects, key)).bytes_async())
+
+        return await self._find(read)
+
+    async def open_object(self, key: str) -> Opened:
+        """An object's size; its bytes follow when they are asked for."""
+        first = await self._find(lambda: obstore.get_async(self._objects, key))
+        size: int = first.meta["size"]
+        results = [first]  # a result can be read once: another try needs another
+
+        async def once() -> bytes:
+            result = results.pop() if results else await obstore.get_async(self._objects, key)
+            return bytes(await result.bytes_async())
+
+        return Opened(size, lambda: self._find(once, size))
+
+    async def put(self, key: str, data: bytes) -> None:
+        """Writes an object, whole or not at all, over what may be there."""
+        await self._write(key, data, "overwrite")
+
+    async def create(self, key: str, data: bytes) -> bool:
+        """Writes an object where there is none; of several who try, one succeeds. False for the others."""
+        try:
+            await self._write(key, data, "create")
+        except AlreadyExistsError:
+            # It may be our own: a try whose answer was lost on the way has been repeated.
+            with suppress(FileNotFoundError):  # S3 may refuse for a write that is still under way
+                return await self.get(key) == data
+            return False
+        return True
+
+    async def _write(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+        await self._check_root()  # which obstore would make again, perhaps where something should be mounted
+        await self._call(lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
+
+    async def exists(self, key: str) -> bool:
+        """Whether there is such an object."""
+        try:
+            await self._find(lambda: obstore.head_async(self._objects, key))
+        except FileNotFoundError:
+            return False
+        return True
+
+    async def delete(self, key: str) -> None:
+        """Removes an object, if it is there."""
+        try:
+            await self._find(lambda: obstore.delete_async(self._objects, key))
+        except FileNotFoundError:
+            return
+
+    async def entries(self, prefix: str, after: str | None = None) -> list[Entry]:
+        """The objects anywhere below a prefix, by key; with `after`, those whose keys come later than that."""
+        found = await self._call(lambda: obstore.list(self._objects, prefix, offset=after).collect_async())
+        if not found:
+            await self._check_root()
+        entries = [Entry(meta["path"], meta["size"], meta["last_modified"]) for meta in found]
+        return sorted(entries, key=lambda entry: entry.key)
+
+    async def folders(self) -> list[str]:
+        """The first parts of all keys, unsorted."""
+        found = await self._call(lambda: obstore.list_with_delimiter_async(self._objects))
+        if not found["common_prefixes"]:
+            await self._check_root()
+        return list(found["common_prefixes"])
+
+    async def remove_leftovers(self, min_age: timedelta) -> None:
+        """Removes what writers that died have left half-written in a folder, where listings do not show it."""
+        root = self._root
+        if root is None:
+            return
+
+        def remove() -> None:
+            latest = (datetime.now(UTC) - min_age).timestamp()
+            for path in root.rglob("*#*"):
+                if _LEFTOVER.fullmatch(path.name) and path.is_file() and path.stat().st_mtime < latest:
+                    path.unlink(missing_ok=True)
+
+        await asyncio.to_thread(remove)
+
+    async def _check_root(self) -> None:
+        """A folder that has vanished looks like an empty one."""
+        root = self._root
+        if root is not None and not await self._try(lambda: asyncio.to_thread(root.is_dir), 0):
+            raise StoreUnavailable("the adapter store's folder is gone")
+
+    async def _call(self, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
+        """A call that needs no object to be there: FileNotFoundError speaks of the bucket."""
+        try:
+            return await self._find(call, size)
+        except FileNotFoundError as error:
+            raise StoreUnavailable("the adapter store's bucket is not there") from error
+
+    async def _find(self, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
+        """A call about one object. Raises FileNotFoundError where it is not there."""
+        try:
+            return await self._try(call, size)
+        except FileNotFoundError:
+            await self._check_root()
+            raise
+
+    async def _try(self, call: Callable[[], Awaitable[T]], size: int) -> T:
+        seconds = self._timeout_seconds + size / SLOWEST_BYTES_PER_SECOND
+
+        async def once() -> T:
+            async with asyncio.timeout(seconds):
+                return await call()
+
+        async with _reported():
+            try:
+                return await once()  # what nearly always succeeds pays for no further tries
+            except Exception as error:
+                if not _is_passing(error):
+                    raise
+                failed: list[Exception] = [error]
+            async for attempt in stamina.retry_context(
+                on=_is_passing,
+                attempts=ATTEMPTS,
+                timeout=None,
+                wait_initial=FIRST_WAIT_SECONDS,
+                wait_max=LONGEST_WAIT_SECONDS,
+                wait_jitter=FIRST_WAIT_SECONDS,
+            ):
+                with attempt:
+                    if failed:
+                        raise failed.pop()  # the first attempt was above, and the library waits after it
+                    return await once()
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+
+def _remote(scheme: str, bucket: str, prefix: str, endpoint: str | None, timeout_seconds: float) -> ObjectStore:
+    if scheme == "s3" and not endpoint:
+        endpoint = next((os.environ[name] for name in S3_ENDPOINT_VARIABLES if os.environ.get(name)), None)
+    options: dict[str, Any] = {
+        "prefix": prefix or None,
+        # Deadlines and further tries are ours, alike for all stores.
+        "retry_config": {"max_retries": 0},
+        "client_options": {
+            "connect_timeout": timedelta(seconds=timeout_seconds),
+            "timeout": timedelta(hours=1),
+            "allow_http": bool(endpoint and endpoint.startswith("http://")),
+        },
+    }
+    if scheme == "gs":
+        return GCSStore(bucket, **options)
+    if endpoint:
+        options["endpoint"] = endpoint
+    return S3Store(bucket, **options) if scheme == "s3" else AzureStore(bucket, **options)
+
+
+def _is_passing(error: Exception) -> bool:
+    return isinstance(error, BaseError | OSError) and not isinstance(error, _HOPELESS)  # TimeoutError is an OSError
+
+
+@asynccontextmanager
+async def _reported() -> AsyncIterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, AlreadyExistsError):
+        raise
+    except (BaseError, OSError) as error:
+        # The reason names paths and hosts: it is for the operator, not for clients.
+        log.error("store failed", error=brief(error) or type(error).__name__)
+        raise StoreUnavailable("the adapter store failed") from error
+
+
+def brief(error: Exception) -> str:
+    """obstore's messages without the debugging dump that follows them."""
+    return str(error).partition("\n")[0]

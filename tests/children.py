@@ -1,0 +1,143 @@
+"""What runs in processes of its own, to be killed. They are forks of one process that has imported what is heavy, so
+that each is there at once.
+"""
+
+import multiprocessing
+import os
+import random
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["server.cli", "server.app", "server.serving", "pytest", "httpx"])
+
+NAMES = ("a", "b.c", "d-e")
+LARGEST_BYTES = 2_000_000
+
+
+def start(target: Any, *arguments: Any) -> BaseProcess:
+    """A process that runs a function of this module, or of another one that is quickly imported."""
+    process = _FORKS.Process(target=target, args=arguments, daemon=True)
+    process.start()
+    return process
+
+
+def pipe() -> tuple[Connection, Connection]:
+    """(reading end, writing end)"""
+    return _FORKS.Pipe(duplex=False)
+
+
+# ------------------------------------------------------------------------------------------------------- publishing
+
+
+def publish_forever(folder: str, seed: int, told: Connection) -> None:
+    """Puts versions and releases them, until it is killed. Tells (what it begins, name), and what was acknowledged:
+    ("version", name, version) and ("release", name, the release as JSON)."""
+    import asyncio
+
+    asyncio.run(_publish_forever(folder, random.Random(seed), told))
+
+
+async def _publish_forever(folder: str, choices: random.Random, told: Connection) -> None:
+    import torch
+
+    from server.store.artifact import Artifact, Manifest
+    from server.store.releases import Plan
+    from server.store.store import AdapterStore
+
+    store = AdapterStore.open(folder)
+    manifest = Manifest(method="lora", config={}, task="classification", labels=("a", "b"), source="test")
+    while True:
+        name = choices.choice(NAMES)
+        numbers = torch.full((choices.randrange(1, LARGEST_BYTES) // 4,), choices.random())
+        artifact = Artifact.build(manifest, {"x": numbers})
+        told.send(("putting", name))
+        version = await store.put_version(name, artifact)
+        told.send(("version", name, version))
+        told.send(("releasing", name))
+        release = await store.release(name, Plan.only(version), by="child")
+        told.send(("release", name, release.model_dump_json()))
+
+
+# ---------------------------------------------------------------------------------------------------------- serving
+
+
+def save_tiny_bert(folder: Path) -> str:
+    """A tiny random backbone with a tokenizer, as `--backbone` takes it."""
+    from helpers import fast_tokenizer, tiny_model
+    from transformers import PreTrainedTokenizerFast
+
+    tiny_model("bert").save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=fast_tokenizer(), unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]", pad_token="[PAD]"
+    ).save_pretrained(folder)
+    return str(folder)
+
+
+def serve(output: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """`adapterd serve`, in this process, with its output in a file."""
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(written, 1)
+    os.dup2(written, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = ["adapterd", "serve", *arguments]
+
+    from server.cli import main
+
+    main()
+
+
+class Server:
+    """A process that serves."""
+
+    def __init__(self, folder: Path, store: str, backbone: str, **settings: str) -> None:
+        """Starts it; `folder` is for its output."""
+        clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
+        options = {f"ADAPTERD_{name.upper()}": value for name, value in settings.items()}
+        self._output = folder / "output.txt"
+        self._output.unlink(missing_ok=True)
+        arguments = ["--port", "0", "--store", store, "--backbone", backbone, "--device", "cpu", "--dtype", "float32"]
+        self.process = start(serve, str(self._output), arguments, clean | {"HF_HUB_OFFLINE": "1"} | options)
+        self._client: httpx.Client | None = None
+
+    @property
+    def client(self) -> httpx.Client:
+        """For requests to it, once it answers."""
+        if self._client is None:
+            self._client = httpx.Client(base_url=self._address(), timeout=60)
+        return self._client
+
+    def _address(self) -> str:
+        while True:
+            text = self._output.read_text() if self._output.exists() else ""
+            _, found, rest = text.partition(" at http://")
+            if found and "\n" in rest:
+                return f"http://{rest.partition(chr(10))[0]}"
+            assert self.process.is_alive(), f"the server ended before it served: {text}"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """As the out-of-memory killer does it."""
+        self.process.kill()
+        self.process.join()
+        if self._client is not None:
+            self._client.close()
+
+
+@contextmanager
+def serving(folder: Path, store: str, backbone: str, **settings: str) -> Iterator[Server]:
+    """A server that is killed in the end."""
+    server = Server(folder, store, backbone, **settings)
+    try:
+        yield server
+    finally:
+        server.kill()

@@ -1,0 +1,315 @@
+"""Which release serves, as this process knows it: polling, stores that fail, names that nobody knows."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from server.engine.catalog import Catalog
+from server.errors import CorruptVersion, StoreUnavailable, UnknownAdapter
+from server.store.artifact import Artifact, Manifest
+from server.store.releases import Plan, Release
+from server.store.store import AdapterStore
+
+MANIFEST = Manifest(method="lora", config={}, task="classification", labels=("a", "b"), source="test")
+ARTIFACTS = [Artifact.build(MANIFEST.model_copy(update={"source": source}), {}) for source in "abc"]
+VERSIONS = [artifact.version for artifact in ARTIFACTS]
+
+
+class FlakyStore(AdapterStore):
+    """The real store in memory, which can be told to fail or hang, and counts its reads."""
+
+    def __init__(self) -> None:
+        super().__init__(AdapterStore.open("memory://")._objects)
+        self.reads = 0
+        self.failing = False
+        self.hangs: asyncio.Event | None = None
+
+    async def current(self, name: str, known: Release | None = None) -> Release | None:
+        self.reads += 1
+        if self.hangs:
+            await self.hangs.wait()
+        if self.failing:
+            raise StoreUnavailable("gone")
+        return await super().current(name, known)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Setting:
+    """A catalog, its store and its clock."""
+
+    def __init__(self, prepare: Callable[[str, Release, Release], Awaitable[None]] | None = None) -> None:
+        self.store = FlakyStore()
+        self.clock = Clock()
+        self.prepared: list[tuple[str, int, int]] = []
+        self.retired: list[str] = []
+        self.catalog = Catalog(
+            self.store,
+            poll_seconds=2,
+            clock=self.clock,
+            prepare=prepare or self.prepare,
+            retire=self.retired.append,
+        )
+
+    async def prepare(self, name: str, known: Release, later: Release) -> None:
+        self.prepared.append((name, known.number, later.number))
+
+    async def release(self, *versions: int, name: str = "sentiment", shadow: tuple[int, ...] = ()) -> Release:
+        traffic = {VERSIONS[version]: 1 / len(versions) for version in versions}
+        for artifact in ARTIFACTS:
+            await self.store.put_version(name, artifact)
+        plan = Plan(traffic=traffic, shadow=tuple(VERSIONS[version] for version in shadow))
+        return await self.store.release(name, plan, by="test")
+
+    async def serves(self, name: str = "sentiment") -> int:
+        """Index of the version that serves."""
+        return VERSIONS.index((await self.catalog.serving(name)).main_version or "")
+
+
+async def settled() -> None:
+    """What was started beside has ended."""
+    await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
+
+
+def test_a_release_by_another_process_is_seen_within_the_poll_interval() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        assert await one.serves() == 0
+        await one.release(1)
+        one.clock.now = 1.0
+        assert await one.serves() == 0
+        assert one.store.reads == 1  # nothing is read before its time
+        one.clock.now = 2.1
+        assert await one.serves() == 1
+        assert one.prepared == [("sentiment", 1, 2)]
+
+    asyncio.run(run())
+
+
+def test_what_is_asked_for_often_is_read_beside_serving() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        assert await one.serves() == 0
+        await one.release(1)
+        one.store.hangs = asyncio.Event()
+        one.clock.now = 1.5
+        for _ in range(3):
+            assert await one.serves() == 0  # nobody waits
+        one.store.hangs.set()
+        await settled()
+        assert one.store.reads == 2
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_a_release_is_served_once_its_versions_are_there() -> None:
+    async def run() -> None:
+        loaded = asyncio.Event()
+
+        async def prepare(*_: object) -> None:
+            await loaded.wait()
+
+        one = Setting(prepare)
+        await one.release(0)
+        assert await one.serves() == 0
+        await one.release(1)
+        one.clock.now = 1.5
+        assert await one.serves() == 0
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert await one.serves() == 0
+        loaded.set()
+        await settled()
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("failure", [None, StoreUnavailable("gone"), CorruptVersion("damaged")])
+def test_a_release_whose_versions_cannot_be_had_leaves_the_one_before_serving(
+    failure: Exception | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.engine.catalog.PREPARE_SECONDS", 0.02)
+
+    async def run() -> None:
+        mended = asyncio.Event()
+
+        async def prepare(*_: object) -> None:
+            if failure and not mended.is_set():
+                raise failure
+            await mended.wait()
+
+        one = Setting(prepare)
+        await one.release(0)
+        assert await one.serves() == 0
+        await one.release(1)
+        one.clock.now = 2.1
+        assert [await one.serves(), await one.serves()] == [0, 0]
+        assert one.store.reads == 2  # not at each request
+        mended.set()
+        one.clock.now = 4.2
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_the_own_releases_are_seen_at_once() -> None:
+    async def run() -> None:
+        one = Setting()
+        one.catalog.note("sentiment", await one.release(0))
+        assert await one.serves() == 0
+        assert one.store.reads == 0
+
+    asyncio.run(run())
+
+
+def test_a_release_read_before_it_was_overtaken_does_not_win() -> None:
+    async def run() -> None:
+        one = Setting()
+        old = await one.release(0)
+        one.catalog.note("sentiment", await one.release(1))
+        one.catalog.note("sentiment", old)
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_a_version_is_retired_when_no_known_release_names_it_any_more() -> None:
+    async def run() -> None:
+        one = Setting()
+        one.catalog.note("sentiment", await one.release(0, 1))
+        one.catalog.note("spam", await one.release(0, name="spam", shadow=(2,)))
+        assert one.retired == []
+        one.catalog.note("sentiment", await one.release(1))
+        assert one.retired == []  # the other adapter serves it
+        one.catalog.note("spam", await one.release(1, name="spam"))
+        assert sorted(one.retired) == sorted([VERSIONS[0], VERSIONS[2]])
+        one.retired.clear()
+        one.catalog.note("sentiment", await one.store.delete("sentiment", by="test"))
+        assert one.retired == []
+        one.catalog.note("spam", await one.store.delete("spam", by="test"))
+        assert one.retired == [VERSIONS[1]]
+
+    asyncio.run(run())
+
+
+def test_no_more_names_are_remembered_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.catalog.MAX_KNOWN", 1)
+
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await one.release(1, name="spam")
+        for _ in range(2):
+            assert await one.serves() == 0
+            assert await one.serves("spam") == 1
+        assert one.retired == [VERSIONS[0], VERSIONS[1], VERSIONS[0]]
+        assert one.store.reads == 4
+
+    asyncio.run(run())
+
+
+def test_a_store_that_fails_leaves_the_known_release_serving() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        assert await one.serves() == 0
+        one.store.failing = True
+        one.clock.now = 100.0
+        assert await one.serves() == 0
+        reads = one.store.reads
+        for _ in range(5):
+            assert await one.serves() == 0
+        assert one.store.reads == reads  # a failing store is asked once in a while, not once per request
+        with pytest.raises(StoreUnavailable):
+            await one.serves("spam")
+        with pytest.raises(StoreUnavailable) as caught:
+            await one.serves("spam")
+        assert caught.value.retry_after == 1
+        assert one.store.reads == reads + 1
+        one.store.failing = False
+        await one.release(1)
+        await one.release(2, name="spam")
+        one.clock.now = 200.0
+        assert await one.serves() == 1
+        assert await one.serves("spam") == 2
+
+    asyncio.run(run())
+
+
+def test_a_store_that_hangs_leaves_the_known_release_serving(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.catalog.PATIENCE_SECONDS", 0.02)
+
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        assert await one.serves() == 0
+        await one.release(1)
+        one.store.hangs = asyncio.Event()
+        one.clock.now = 100.0
+        for _ in range(50):
+            assert await one.serves() == 0  # only the first one waits
+        assert one.store.reads == 2
+        one.store.hangs.set()
+        await settled()
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_concurrent_requests_read_a_release_once() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        assert await asyncio.gather(*(one.serves() for _ in range(20))) == [0] * 20
+        assert one.store.reads == 1
+        with pytest.raises(UnknownAdapter):
+            await one.serves("nobody")
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("asked", "hint"),
+    [("sentimnt", "did you mean 'sentiment'"), ("SENTIMENT", "did you mean 'sentiment'"), ("zzz", "'zzz'$")],
+)
+def test_unknown_names_are_answered_with_the_nearest(asked: str, hint: str) -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await one.release(0, name="spam")
+        with pytest.raises(UnknownAdapter, match=hint):
+            await one.serves(asked)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("asked", ["", "../spam", "a/b", "x" * 1000, "\ud800", "a\0b", "_pins"])
+def test_names_that_cannot_be_are_unknown(asked: str) -> None:
+    async def run() -> None:
+        one = Setting()
+        with pytest.raises(UnknownAdapter):
+            await one.serves(asked)
+        assert one.store.reads == 0
+
+    asyncio.run(run())
+
+
+def test_a_deleted_adapter_is_unknown_and_says_since_when() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await one.store.delete("sentiment", by="test")
+        with pytest.raises(UnknownAdapter, match="deleted in release 2"):
+            await one.serves()
+
+    asyncio.run(run())

@@ -1,0 +1,222 @@
+"""Memory with a budget: against a model, and what waits for it."""
+
+import asyncio
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from server.engine.failures import Failures
+from server.engine.memory import Memory
+from server.errors import MemoryFull, OverBudget, StoreUnavailable
+from server.metrics import Metrics
+
+KEYS = st.sampled_from("abcdefgh")
+
+
+def memory(max_bytes: int, wait_seconds: float = 0.0, metrics: Metrics | None = None) -> Memory[str]:
+    return Memory("host", max_bytes, wait_seconds=wait_seconds, metrics=metrics or Metrics())
+
+
+class MemoryMachine(RuleBasedStateMachine):
+    """What is in memory is what a plain list of (key, size) says, least recently used first."""
+
+    BUDGET = 100
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.metrics = Metrics()
+        self.memory = memory(self.BUDGET, metrics=self.metrics)
+        self.values: list[tuple[str, int]] = []
+        self.held: list[tuple[str, Any]] = []
+        self.pinned: set[str] = set()
+        self.retired: set[str] = set()
+        self.loop = asyncio.new_event_loop()
+
+    def teardown(self) -> None:
+        self.loop.close()
+
+    def size(self) -> int:
+        return sum(size for _, size in self.values)
+
+    def stays(self, key: str) -> bool:
+        return key in self.pinned or any(key == held for held, _ in self.held)
+
+    def without(self, key: str) -> None:
+        self.values = [(one, size) for one, size in self.values if one != key]
+        self.retired.discard(key)
+
+    @rule(key=KEYS, nbytes=st.integers(0, 110), claimed=st.integers(0, 110))
+    def bring(self, key: str, nbytes: int, claimed: int) -> None:
+        before, retired = list(self.values), set(self.retired)
+
+        def room(needed: int, replaced: str = "") -> bool:
+            leaving = [one for one, _ in self.values if one != replaced and not self.stays(one)]
+            while self.size() + needed > self.BUDGET:
+                if not leaving:
+                    return False
+                self.without(leaving.pop(0))
+            return True
+
+        expected: type[Exception] | None = None
+        if claimed > self.BUDGET:
+            expected = OverBudget
+        elif not room(claimed):
+            expected, self.values, self.retired = MemoryFull, before, retired
+        else:
+            after, gone = list(self.values), set(self.retired)
+            if room(nbytes - dict(self.values).get(key, 0), key):
+                self.without(key)
+                self.values.append((key, nbytes))
+            else:
+                expected = OverBudget if nbytes > self.BUDGET else MemoryFull
+                self.values, self.retired = after, gone
+        with pytest.raises(expected) if expected else nullcontext():
+            self.loop.run_until_complete(take(self.memory, key, nbytes, claimed))
+
+    @rule(key=KEYS)
+    def get(self, key: str) -> None:
+        size = dict(self.values).get(key)
+        assert self.memory.get(key) == (None if size is None else key.upper())
+        if size is not None:
+            self.values = [one for one in self.values if one[0] != key] + [(key, size)]
+
+    @rule(key=KEYS)
+    def hold(self, key: str) -> None:
+        held = self.memory.held(key)
+        held.__enter__()
+        self.held.append((key, held))
+
+    @precondition(lambda self: self.held)
+    @rule(index=st.integers(0, 100))
+    def let_go(self, index: int) -> None:
+        _, held = self.held.pop(index % len(self.held))
+        held.__exit__(None, None, None)
+        self.sweep()
+
+    @rule(keys=st.sets(KEYS, max_size=2))
+    def pin(self, keys: set[str]) -> None:
+        self.memory.pin(keys)
+        self.pinned = keys
+        self.sweep()
+
+    @rule(key=KEYS)
+    def retire(self, key: str) -> None:
+        self.memory.retire(key)
+        if any(key == one for one, _ in self.values):
+            self.retired.add(key)
+        self.sweep()
+
+    def sweep(self) -> None:
+        for key in [key for key in self.retired if not self.stays(key)]:
+            self.without(key)
+
+    @invariant()
+    def same_as_the_model(self) -> None:
+        assert [key for key, _ in self.values] == list(self.memory._values)
+        assert self.memory._bytes == self.size() <= self.BUDGET
+        assert [self.memory.nbytes(key) for key, _ in self.values] == [size for _, size in self.values]
+        sample = self.metrics.registry.get_sample_value
+        assert sample("adapterd_adapter_bytes", {"memory": "host"}) == self.size()
+        assert sample("adapterd_adapters_resident", {"memory": "host"}) == len(self.values)
+
+
+TestMemoryMachine = MemoryMachine.TestCase
+
+
+def test_a_claim_waits_for_a_value_to_be_let_go() -> None:
+    values = memory(100, wait_seconds=30)
+
+    async def run() -> None:
+        async with values.claim(80) as claim:
+            claim.settle("a", "A", 80)
+        with values.held("a"):
+            waiting = asyncio.create_task(take(values, "b", 50))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            assert "a" in values
+        await waiting
+        assert ("a" in values, "b" in values) == (False, True)
+
+    asyncio.run(run())
+
+
+async def take(values: Memory[str], key: str, nbytes: int, claimed: int | None = None) -> None:
+    async with values.claim(nbytes if claimed is None else claimed) as claim:
+        claim.settle(key, key.upper(), nbytes)
+
+
+def test_claims_count_before_they_are_settled() -> None:
+    values = memory(100)
+
+    async def run() -> None:
+        async with values.claim(60):
+            with pytest.raises(MemoryFull) as caught:
+                await take(values, "b", 50)
+            assert caught.value.retry_after
+        await take(values, "b", 50)
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("nbytes", [0, 60])
+def test_a_claim_that_comes_to_nothing_is_given_back(nbytes: int) -> None:
+    values = memory(100)
+
+    async def run() -> None:
+        with pytest.raises(RuntimeError):
+            async with values.claim(nbytes):
+                raise RuntimeError
+        await take(values, "a", 100)
+
+    asyncio.run(run())
+
+
+def test_what_is_held_while_it_is_on_its_way_does_not_leave_before_it_was_used() -> None:
+    values = memory(100)
+
+    async def run() -> None:
+        with values.held("a"):
+            await take(values, "a", 100)
+            with pytest.raises(MemoryFull):
+                await take(values, "b", 1)
+            assert values.get("a") == "A"
+        await take(values, "b", 1)
+
+    asyncio.run(run())
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_failures_are_remembered_with_growing_pauses() -> None:
+    clock = Clock()
+    failures = Failures[str](clock)
+    assert failures.recent("a") is None
+    for pause in (1, 2, 4, 8, 16, 30, 30):
+        failures.note("a", StoreUnavailable("gone", param="x"))
+        error = failures.recent("a")
+        assert isinstance(error, StoreUnavailable)
+        assert (error.message, error.param, error.retry_after) == ("gone", "x", pause)
+        clock.now += pause - 0.25
+        assert failures.recent("a").retry_after == 1  # type: ignore[union-attr]
+        clock.now += 0.25
+        assert failures.recent("a") is None
+    failures.clear("a")
+    failures.note("a", StoreUnavailable("gone"))
+    assert failures.recent("a").retry_after == 1  # type: ignore[union-attr]
+    assert failures.recent("b") is None
+
+
+def test_a_long_list_of_failures_forgets_the_oldest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.engine.failures.MAX_REMEMBERED", 3)
+    failures = Failures[int](Clock())
+    for key in range(5):
+        failures.note(key, StoreUnavailable("gone"))
+    assert [failures.recent(key) is not None for key in range(5)] == [False, False, True, True, True]
