@@ -60,7 +60,7 @@ class Flow:
     Made several times at each site of each forward, so it is plain and has slots.
     """
 
-    __slots__ = ("_offsets", "h", "owned", "shared", "texts", "x", "y")
+    __slots__ = ("_offsets", "h", "owned", "shared", "start", "texts", "whole", "x", "y")
 
     def __init__(
         self,
@@ -71,6 +71,8 @@ class Flow:
         shared: Shared | None = None,
         *,
         owned: bool = False,
+        whole: tuple[Tensor, Tensor] | None = None,
+        start: int = 0,
     ) -> None:
         """See the fields. `shared` lives as long as the forward, for what is the same at all its sites."""
         self.x = x
@@ -85,6 +87,9 @@ class Flow:
         self.shared: Shared = {} if shared is None else shared
         self.owned = owned
         """Whether `apply_run` may change y itself instead of making a piece: never while gradients are recorded."""
+        self.whole = whole
+        """x and y of all rows of the forward, of which this flow's begin at `start`; None where nobody may know."""
+        self.start = start
         self._offsets: list[int] | None = None
 
     @property
@@ -109,7 +114,16 @@ class Flow:
             return self
         rows = slice(self.offsets[first], self.offsets[end])
         h = self.h[rows] if self.h is not None else None
-        return Flow(self.x[rows], self.y[rows], self.texts[first:end], h, self.shared, owned=self.owned)
+        return Flow(
+            self.x[rows],
+            self.y[rows],
+            self.texts[first:end],
+            h,
+            self.shared,
+            owned=self.owned,
+            whole=self.whole,
+            start=self.start + self.offsets[first],
+        )
 
     def per_row(self, vectors: Sequence[Tensor]) -> Tensor:
         """One vector [n] per adapter -> each row's own, [rows, n] ([n] for a single adapter: it broadcasts)."""

@@ -21,6 +21,10 @@ JOINED_ROWS = 256
 cache, many enough that calls do not count."""
 
 
+MIN_SIZE = 16
+"""Rows and columns of the smallest product that is compiled."""
+
+
 def columns(like: Tensor) -> int:
     """How many columns of such products to join."""
     return FLOAT32_CPU_COLUMNS if like.dtype == torch.float32 and like.device.type == "cpu" else JOINED_COLUMNS
@@ -55,13 +59,29 @@ def shifted(y: Tensor, vectors: Sequence[Tensor], flow: Flow) -> Tensor:
     return y.add_(own) if flow.owned else y + own
 
 
+def compiles(y: Tensor) -> bool:
+    """Whether products with as many rows as y are compiled for each shape that has not been before: by oneDNN, which
+    multiplies bfloat16 on a CPU. That takes most of a millisecond, and most of a megabyte that is kept."""
+    return y.dtype == torch.bfloat16 and y.device.type == "cpu"
+
+
+def rounded_up(rows: int, steps: int) -> int:
+    """The next of so many sizes in each power of two, `steps` itself one; never less than MIN_SIZE."""
+    step = max(MIN_SIZE, (1 << (rows.bit_length() - 1)) // steps)
+    return -(-rows // step) * step
+
+
+def _others(ranks: Sequence[int], flow: Flow) -> Tensor:
+    """[rows, columns]: True where a column of the joined adapters belongs to another adapter than the row."""
+    owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+    return flow.owners[:, None] != owners.to(flow.y.device, non_blocking=True)[None, :]
+
+
 def others(ranks: Sequence[int], flow: Flow) -> Tensor:
     """[rows, columns]: True where a column of the joined adapters belongs to another adapter than the row."""
     key = (tuple(ranks), flow.lengths)
     if key not in flow.shared:
-        owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-        owners = owners.to(flow.y.device, non_blocking=True)
-        flow.shared[key] = flow.owners[:, None] != owners[None, :]
+        flow.shared[key] = _others(ranks, flow)
     return flow.shared[key]
 
 
@@ -104,6 +124,11 @@ def low_rank_run(weights: Sequence[LowRank], flow: Flow) -> Iterator[Tensor]:
         if len(group) == 1 and (flow.x.dim() == 1 or not factors or group[0].gate is not None):
             yield low_rank(group[0], part)
             continue
+        if part.whole is not None and compiles(part.y):
+            _scaled_and_shifted(group, part)
+            _add_in_known_shapes(group, part)
+            yield part.y
+            continue
         if len(group) == 1:
             low, b = F.linear(part.x, group[0].a), factors[0]
         else:
@@ -113,6 +138,43 @@ def low_rank_run(weights: Sequence[LowRank], flow: Flow) -> Iterator[Tensor]:
             b = torch.cat(factors)
         y = _scaled_and_shifted(group, part)
         yield y.addmm_(low, b) if part.owned else torch.addmm(y, low, b)
+
+
+def _add_in_known_shapes(weights: Sequence[LowRank], part: Flow) -> None:
+    """y += x A B in place, for neighbours, as a product of one of few shapes: of more rows than theirs, to which
+    nothing is added, and of more columns, which are zero."""
+    assert part.whole is not None
+    ranks = [own.a.shape[0] for own in weights]
+    rows = part.y.shape[0]
+    height, width = rounded_up(rows, steps=1), _width(sum(ranks))
+    first = max(0, min(part.start, part.whole[0].shape[0] - height))
+    x, y = (tensor[first : first + height] for tensor in part.whole)
+    unused = width - sum(ranks)
+    low = F.linear(x, _stacked([own.a for own in weights], unused))  # [height, width]
+    low.masked_fill_(_foreign(ranks, part, first, x.shape[0], unused), 0)
+    y.addmm_(low, _stacked([own.b for own in weights if own.b is not None], unused))
+
+
+def _width(columns: int) -> int:
+    """One of few sizes: a single small adapter's, a full group's, and powers of two beyond."""
+    return MIN_SIZE if columns <= MIN_SIZE else max(JOINED_COLUMNS, 1 << (columns - 1).bit_length())
+
+
+def _stacked(factors: list[Tensor], unused: int) -> Tensor:
+    """Factors on top of each other, and rows of zeros."""
+    if unused:
+        factors = [*factors, factors[0].new_zeros(unused, factors[0].shape[1])]
+    return torch.cat(factors) if len(factors) > 1 else factors[0]
+
+
+def _foreign(ranks: Sequence[int], part: Flow, first: int, height: int, unused: int) -> Tensor:
+    """[height, columns]: True where a row, counted from `first`, and a column are not of the same adapter."""
+    key = ("foreign", tuple(ranks), part.lengths, part.start, first, height)
+    if key not in part.shared:
+        before, after = part.start - first, first + height - part.start - part.y.shape[0]
+        mask = F.pad(_others(ranks, part), (0, unused, before, after), value=True)
+        part.shared[key] = mask
+    return part.shared[key]
 
 
 def _scaled_and_shifted(weights: Sequence[LowRank], flow: Flow) -> Tensor:

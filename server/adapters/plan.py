@@ -58,7 +58,17 @@ class _Run:
     def apply(self, x: Tensor, y: Tensor, h: Tensor | None, shared: Shared, *, owned: bool = False) -> Iterator[Tensor]:
         """The rows of the run after its adapters, in pieces; the arguments are all rows."""
         own = slice(self.start, self.end)
-        flow = Flow(x[own], y[own], self.texts, h[own] if h is not None else None, shared, owned=owned)
+        whole = (x, y) if owned else None
+        flow = Flow(
+            x[own],
+            y[own],
+            self.texts,
+            h[own] if h is not None else None,
+            shared,
+            owned=owned,
+            whole=whole,
+            start=self.start,
+        )
         return self.method.apply_run(self.weights, flow)
 
 

@@ -50,11 +50,13 @@ class PackedTexts:
         lengths: Sequence[int],
         device: torch.device,
         prefixes: Callable[[nn.Module], Sequence[Prefix]] = lambda module: (),
+        filler: int = 0,
     ) -> None:
         """`lengths`: tokens of each text, in order; `prefixes(module)`: what the attention of a layer puts before them.
 
-        Masks are made on `device`, without a synchronization.
+        `filler` rows follow that belong to no text. Masks are made on `device`, without a synchronization.
         """
+        self.filler = filler
         self._device = device
         self._prefixes = prefixes
         self._windows: list[_Window] = []
@@ -75,7 +77,8 @@ class PackedTexts:
         prefixes = list(self._prefixes(module))
         around = tuple((one.start, one.end, one.key_value.keys.shape[0]) for one in prefixes)
         masks = self._masked(_Visible(causal, sliding, query.dtype, around))
-        parts = list(zip(*(torch.split(t, self._sizes, dim=2) for t in (query, key, value)), strict=True))
+        own = query.shape[2] - self.filler
+        parts = list(zip(*(torch.split(t[:, :, :own], self._sizes, dim=2) for t in (query, key, value)), strict=True))
         if prefixes:
             sets = [
                 self._with_prefixes(window, prefixes, k, v)
@@ -159,6 +162,8 @@ def packed_attention(
         F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=grouped)
         for q, k, v, mask in packed.cut(module, query, key, value, causal=causal, sliding=sliding_window)
     ]
+    if packed.filler:
+        outputs.append(query[:, :, -packed.filler :])  # whatever is finite: nobody reads it
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

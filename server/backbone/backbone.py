@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
 from server.adapters.base import AdapterWeights, Framing
+from server.adapters.joined import compiles, rounded_up
 from server.adapters.plan import NO_ADAPTERS, AdapterPlan, Prefix
 from server.adapters.states import TextStates
 from server.backbone import attention
@@ -91,7 +92,9 @@ class Backbone:
         identity = fingerprint(model.state_dict())  # before the cast: the same whatever dtype serves
         self.model: Any = model.requires_grad_(False).train(False)
         self.model.to(device=device, dtype=dtype)
+        self._device: torch.device = self.model.device
         self._dtype = dtype
+        self._rounds = compiles(torch.empty(0, device=device, dtype=dtype))
         self.tokenizer = tokenizer
         self._tensors: Mapping[str, Tensor] = model.state_dict()
         self._first_position = first_position(model.config)
@@ -143,8 +146,7 @@ class Backbone:
     @property
     def device(self) -> torch.device:
         """Where the backbone computes."""
-        device: torch.device = self.model.device
-        return device
+        return self._device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -259,7 +261,12 @@ class Backbone:
     def _packed(self, rows: Sequence[_Row]) -> Tensor:
         """All texts in one row [1, tokens]; position ids restart at each."""
         lengths = [len(row.ids) for row in rows]
+        total = sum(lengths)
+        filler = rounded_up(total, steps=8) - total if self._rounds and not torch.is_grad_enabled() else 0
         self._place([0, *accumulate(lengths)], lengths)
+        if filler:
+            self._rows += filler
+            rows = [*rows, _Row([rows[0].ids[0]] * filler, [0] * filler, [self._first_position] * filler)]
         inputs = {
             "input_ids": self._tensor([[i for row in rows for i in row.ids]]),
             "position_ids": self._tensor([[p for row in rows for p in row.positions]]),
@@ -268,7 +275,8 @@ class Backbone:
         }
         if self._takes_types:
             inputs["token_type_ids"] = self._tensor([[t for row in rows for t in row.type_ids]])
-        return self._encoded(self._run(**inputs, packed=attention.PackedTexts(lengths, self.device, self._prefixes))[0])
+        packed = attention.PackedTexts(lengths, self.device, self._prefixes, filler)
+        return self._encoded(self._run(**inputs, packed=packed)[0, :total])
 
     def _padded(self, rows: Sequence[_Row]) -> Tensor:
         """One row per text [texts, longest]; padding is dropped from the states again."""
