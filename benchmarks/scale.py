@@ -10,9 +10,9 @@ as the first. Store and server are on one machine, so files come from the operat
 `scale_ratio`           32 clients without pauses: throughput of requests by Zipf's law over that of requests for one
                         adapter, of the same texts in the same order, in slices that take turns on one server whose
                         memory is full; medians.
-`peak_rss_growth_ratio` the server's largest resident memory during all requests by Zipf's law, less what it had after
-                        it had been warmed up with one adapter, over its memory for adapters. Means something only
-                        where that memory is much larger than the noise: with thousands of adapters.
+`peak_rss_growth_ratio` the server's largest resident memory during all requests by Zipf's law, less what it had without
+                        adapters after it had been warmed up with a few, over its memory for adapters. Means something
+                        only where that memory is much larger than the noise: with thousands of adapters.
 `startup_ratio`         time from the start of the process to the first 200 of /readyz, with all adapters in the store
                         over with ten; the starts take turns; medians.
 `cold_p50_ms`, `..p99`  latency of requests for adapters that nobody had asked this server for before, so that they had
@@ -59,7 +59,7 @@ from benchmarks.serving import (
     serve,
 )
 from server.backbone.backbone import Backbone
-from server.engine.loading import check
+from server.engine.loading import Checker
 from server.engine.pipeline import Pipeline
 from server.engine.proof import Prover
 from server.engine.runner import Runner
@@ -77,9 +77,11 @@ TEXTS = 256
 LABELS = ("first", "second", "third")
 AT_ONCE = 64
 """Adapters that are proven together; the worker makes batches of them."""
+WARM_ADAPTERS = 32
 WARM_UP_SECONDS = 10.0
-"""Twice. A forward of a size that has not been before costs torch memory that it keeps (on a CPU, in bfloat16, about a
-megabyte), whatever adapters are in it; `warm_growth_mb`, what the second half added, says how far that had settled."""
+"""With one adapter, and again with a few. A product of a size that has not been before costs torch memory that it keeps
+(on a CPU, in bfloat16, most of a megabyte), whatever adapters are in it; `warm_growth_mb`, what the second half added,
+says how far that had settled."""
 SATURATED_SECONDS = 3.0
 FILL_SECONDS = 120.0
 
@@ -137,8 +139,9 @@ async def _publish(store: AdapterStore, backbone: Backbone, prover: Prover, name
     """What an upload does, from the check on."""
     generator = torch.Generator().manual_seed(int(name.rpartition("-")[2]))
     artifact = make_artifact(backbone, generator, labels_of(name))
-    checked = check(artifact, backbone)
-    adapter = checked.blueprint.bind(checked.tensors, backbone)
+    checker = Checker(backbone)
+    checked = checker.check(artifact)
+    adapter = checker.bind(checked)
     parameters = sum(tensor.numel() for tensor in checked.tensors.values())
     report = await prover.report(checked.manifest, len(checked.tensors), parameters, adapter)
     version = await store.put_version(name, artifact, report)
@@ -179,7 +182,7 @@ def zipf(names: list[str], seed: int) -> Iterator[str]:
             yield names[index]
 
 
-class Checker:
+class Answers:
     """Counts answers that failed and answers that are wrong, and says which the first were."""
 
     def __init__(self, versions: dict[str, str]) -> None:
@@ -217,7 +220,7 @@ async def load(server: Server, versions: dict[str, str], budget: int, options: a
     names = list(versions)
     random.Random(3).shuffle(names)  # so that popularity has nothing to do with the order in the store
     texts = [json.dumps(text).encode() for text in make_texts(TEXTS)]
-    checker = Checker(versions)
+    checker = Answers(versions)
     one = Traffic(cycle(names[:1]), cycle(texts))
     many = Traffic(zipf(names, seed=4), cycle(texts))
 
@@ -228,8 +231,8 @@ async def load(server: Server, versions: dict[str, str], budget: int, options: a
 
     await run(one, WARM_UP_SECONDS)
     half_warm_rss = server.memory()
-    await run(one, WARM_UP_SECONDS)
-    warm_rss = server.memory()
+    await run(Traffic(cycle(names[:WARM_ADAPTERS]), cycle(texts)), WARM_UP_SECONDS)
+    warm_rss = server.memory() - int(_count(server, "adapterd_adapter_bytes"))
     server.forget_peak()
 
     asked: set[str] = set()

@@ -6,6 +6,7 @@ from functools import partial
 
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
+from starlette.types import Scope
 
 import server
 from server.api import admin, classify, errors, health
@@ -49,8 +50,9 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     return app
 
 
-def _body_limit(settings: Settings, path: str) -> int:
-    return settings.max_upload_bytes if path.startswith(f"{admin.PREFIX}/adapters/") else settings.max_body_bytes
+def _body_limit(settings: Settings, scope: Scope) -> int:
+    upload = scope["method"] == "PUT" and scope["path"].startswith(f"{admin.PREFIX}/adapters/")
+    return settings.max_upload_bytes if upload else settings.max_body_bytes
 
 
 def _is_request_id(value: str) -> bool:

@@ -1,5 +1,7 @@
 """Runs the application under uvicorn and tells the person at the terminal that it is up, and how to try it."""
 
+import asyncio
+import gc
 import json
 import socket
 import sys
@@ -14,6 +16,9 @@ from server.engine.engine import Engine
 from server.errors import AdapterdError
 from server.settings import Settings
 
+GREETING_SECONDS = 5.0
+"""How long the greeting waits for the store."""
+
 SHUTDOWN_SECONDS = 30
 """How long requests may take to end once a signal has come; what still runs then gets no answer."""
 
@@ -22,6 +27,10 @@ class _Server(uvicorn.Server):
     """uvicorn, which speaks once its sockets listen."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # What is there now stays until the end: the collector need not look at it each time, half a million objects
+        # for a quarter of a second, in which nobody is answered.
+        gc.collect()
+        gc.freeze()
         await super().startup(sockets)
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
@@ -61,9 +70,11 @@ async def _greeting(engine: Engine, url: str) -> str:
         f"API documentation: {url}/docs",
     ]
     try:
-        described = (await engine.page(limit=1)).adapters
+        described = (await asyncio.wait_for(engine.page(limit=1), GREETING_SECONDS)).adapters
     except AdapterdError as error:
         lines.append(f"The store cannot be read at the moment: {error.message}")
+    except TimeoutError:
+        lines.append("The store has not answered yet.")
     else:
         if described:
             body = json.dumps({"adapter": described[0].name, "inputs": "What a lovely day"})

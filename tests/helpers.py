@@ -24,7 +24,7 @@ from server.backbone.backbone import Backbone
 from server.backbone.sites import FAMILIES
 from server.backbone.tokenizer import Tokenizer
 from server.core import BackboneSpec, Encoding, Pooling, Site
-from server.engine.loading import check
+from server.engine.loading import Checker
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, Manifest
 from server.store.store import AdapterStore
@@ -221,8 +221,8 @@ EVERY_VARIANT = [*((method, options, ()) for method, options in VARIANTS), *COMP
 
 def build(artifact: Artifact, backbone: Backbone) -> TaskAdapter:
     """An adapter, ready to run. Raises InvalidAdapter naming what does not fit."""
-    checked = check(artifact, backbone)
-    return checked.blueprint.bind(checked.tensors, backbone)
+    checker = Checker(backbone)
+    return checker.bind(checker.check(artifact))
 
 
 class Sync:

@@ -4,6 +4,7 @@ import asyncio
 import json
 import math
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from test_http import classify, own_adapter, own_files, put, refused
 
 from server.app import create_app
 from server.backbone.backbone import Backbone
+from server.engine.loading import Checker
 from server.engine.runner import Runner
 from server.settings import Settings
 from server.store.artifact import Artifact, Golden, Training
@@ -537,3 +539,114 @@ def test_versions_are_listed(client: TestClient, bert: Backbone) -> None:
         (two, True, True),
     }
     assert client.get(f"{ADMIN}/nobody/versions").json() == {"adapter": "nobody", "versions": []}
+
+
+# ------------------------------------------------------------------------------------------ what goes wrong elsewhere
+
+
+def test_bodies_of_hundreds_of_thousands_of_entries_are_refused_at_once(client: TestClient, bert: Backbone) -> None:
+    [one] = uploaded(client, "x", bert, 1)
+    many = {f"{index:064x}": "x" for index in range(20_000)}
+    refused(client.post(f"{ADMIN}/x/releases", json={"traffic": many}), 422, "traffic")
+    refused(client.post(f"{ADMIN}/x/releases", json={"traffic": {one: 1}, "shadow": list(many)}), 422, "shadow")
+    unknown = {f"field {index}": 1 for index in range(20_000)}
+    refused(client.post(f"{ADMIN}/x/releases", json={"traffic": {one: 1}, **unknown}), 422, "field 0")
+    refused(client.post("/admin/gc", json=unknown), 422, "field 0")
+    for path in (f"{ADMIN}/x/releases", f"{ADMIN}/x/rollback", "/admin/gc"):  # the limit of uploads is for uploads
+        refused(client.post(path, content=b" " * 3_000_000), 413, code="too_large")
+    huge = client.post("/admin/gc", content=b'{"min_age_seconds": 1e999}', headers={"content-type": "application/json"})
+    refused(huge, 422, "min_age_seconds")
+    refused(client.post(f"{ADMIN}/x/rollback", json={"to": 10**30}), 404)
+    assert serving(client) == one
+
+
+def test_evaluation_data_has_limits(client: TestClient, bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    [one] = uploaded(client, "x", bert, 1)
+    row = b'{"text": "w1", "label": "a"}\n'
+    for limit, data in (("MAX_BYTES", row), ("MAX_ROWS", row * 2), ("MAX_CHARACTERS", row)):
+        with monkeypatch.context() as patched:
+            patched.setattr(f"server.engine.gate.{limit}", 1)
+            refused(upload(client, "x", version_of(bert, 2), eval=data), 413, "eval")
+    assert serving(client) == one
+
+
+@pytest.mark.parametrize("mend", ["upload", "rollback", "delete"])
+def test_a_damaged_last_release_can_be_put_right(bert: Backbone, tmp_path: Path, mend: str) -> None:
+    app = create_app(Settings(store_poll_seconds=0), backbone=bert, store=AdapterStore.open(str(tmp_path)))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        one, two = uploaded(client, "x", bert, 1, 2)
+    (tmp_path / "x" / "releases" / "000002.json").write_bytes(b"damaged")
+    app = create_app(Settings(store_poll_seconds=0), backbone=bert, store=AdapterStore.open(str(tmp_path)))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        refused(classify(client, "x", TEXTS), 500, code="corrupt_version")
+        assert client.get(ADMIN).json()["damaged"] == ["x"]
+        if mend == "upload":
+            assert upload(client, "x", version_of(bert, 2)).json()["release"] == 3
+            assert serving(client) == two
+        elif mend == "rollback":
+            assert client.post(f"{ADMIN}/x/rollback").json()["restores"] == 1
+            assert serving(client) == one
+        else:
+            assert client.delete(f"{ADMIN}/x").json()["release"] == 3
+            refused(classify(client, "x", TEXTS), 404)
+
+
+def test_an_evaluation_passes_over_what_cannot_be_compared(bert: Backbone, tmp_path: Path) -> None:
+    app = create_app(Settings(), backbone=bert, store=AdapterStore.open(str(tmp_path)))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        [one] = uploaded(client, "x", bert, 1)
+        data = rows(client, one)
+    (tmp_path / "x" / "versions" / one / "adapter.safetensors").write_bytes(b"damaged")
+    app = create_app(Settings(), backbone=bert, store=AdapterStore.open(str(tmp_path)))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        answer = upload(client, "x", version_of(bert, 2), eval=data).json()
+        assert (answer["release"], answer["evaluation"]["current"]) == (2, None)
+
+
+def test_an_unexpected_failure_to_load_leaves_the_version_before_serving(
+    bert: Backbone, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TestClient(create_app(Settings(store_poll_seconds=0), backbone=bert, store=store)) as client:
+        [one] = uploaded(client, "x", bert, 1)
+        assert serving(client) == one
+        later, other = version_of(bert, 2), Sync(store)
+        version = other.put_version("x", later)
+        bind = Checker.bind
+
+        def fails(self: Checker, checked: Any) -> Any:
+            if checked.manifest == later.manifest and torch.equal(checked.tensors[BIAS], later.tensors[BIAS]):
+                raise RuntimeError("a bug")
+            return bind(self, checked)
+
+        monkeypatch.setattr(Checker, "bind", fails)
+        other.release("x", Plan.only(version), by="another server")
+        assert [serving(client) for _ in range(3)] == [one] * 3
+        monkeypatch.undo()
+        deadline = time.monotonic() + 30
+        while serving(client) != version:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+
+def test_versions_of_different_tasks_are_not_released_together(client: TestClient, bert: Backbone) -> None:
+    [one] = uploaded(client, "x", bert, 1)
+    single = version_of(bert, 2)
+    several = Artifact.build(single.manifest.model_copy(update={"task": "multi_label_classification"}), single.tensors)
+    two = upload(client, "x", several, query="?release=false").json()["version"]
+    refused(release(client, "x", {one: 0.5, two: 0.5}), 422, "traffic")
+    refused(release(client, "x", {one: 1}, shadow=[two]), 422, "traffic")
+    assert release(client, "x", {two: 1}).status_code == 201
+
+
+def test_verifying_counts_against_the_memory(bert: Backbone, store: AdapterStore) -> None:
+    with TestClient(create_app(Settings(), backbone=bert, store=store)) as client:
+        nbytes = upload(client, "x", version_of(bert, 1)).json()["report"]["memory_bytes"]
+    small = Settings(host_memory_bytes=nbytes, memory_wait_seconds=0.01)
+    with TestClient(create_app(small, backbone=bert, store=store), raise_server_exceptions=False) as client:
+        assert client.post(f"{ADMIN}/x/verify").status_code == 200
+        engine: Any = client.app.state.engine  # type: ignore[attr-defined]
+        [version] = client.get(f"{ADMIN}/x").json()["traffic"]
+        with engine._residency._device.held(version):
+            assert serving(client) == version
+            refused(client.post(f"{ADMIN}/x/verify"), 503, code="memory_full")
+        assert client.post(f"{ADMIN}/x/verify").status_code == 200

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,7 +44,11 @@ class Source:
 
     async def check(self, name: str, opened: OpenedVersion) -> Checked:
         self.checked[opened.version] += 1
-        return Checked(None, None, None, {}, nbytes=FILE_BYTES, estimate=NBYTES)  # type: ignore[arg-type]
+        return Checked(None, True, None, {}, nbytes=FILE_BYTES, estimate=NBYTES)  # type: ignore[arg-type]
+
+    async def bring(self, name: str, opened: OpenedVersion) -> tuple[Checked, TaskAdapter]:
+        checked = await self.check(name, opened)
+        return checked, await self.place(checked)
 
     async def place(self, checked: Checked) -> TaskAdapter:
         self.placed[id(checked)] += 1
@@ -259,7 +264,9 @@ def test_a_newcomer_stays_unless_it_is_refused() -> None:
                 raise RuntimeError
         assert "new" not in one.residency
         async with one.residency.newcomer("name", "new", checked) as adapter:
-            assert "new" not in one.residency
+            assert "new" in one.residency
+        async with one.residency.newcomer("name", "new", checked) as again:
+            assert again is adapter  # and takes no more memory
         assert await one.use("new") is adapter
         assert one.source.opened == {}
 
@@ -278,5 +285,34 @@ def test_pinned_versions_stay() -> None:
         for index in range(10):
             await one.use(f"v{index}")
         assert "pinned" not in one.residency
+
+    asyncio.run(run())
+
+
+def test_a_version_that_is_released_again_stays() -> None:
+    async def run() -> None:
+        one = Setting(1000)
+        async with one.residency.lease("name", "v1"):
+            one.residency.retire("v1")
+            await one.use("v1")  # a roll-back has brought it back
+        assert "v1" in one.residency
+
+    asyncio.run(run())
+
+
+def test_on_a_device_what_never_fits_drives_nobody_out() -> None:
+    async def run() -> None:
+        one = Setting(3 * NBYTES, host_bytes=10 * FILE_BYTES)
+        for version in ("v1", "v2", "v3"):
+            await one.use(version)
+        check = one.source.check
+
+        async def large(name: str, opened: OpenedVersion) -> Checked:
+            return replace(await check(name, opened), estimate=100 * NBYTES)
+
+        one.source.check = large  # type: ignore[method-assign]
+        with pytest.raises(OverBudget):
+            await one.use("large")
+        assert all(version in one.residency for version in ("v1", "v2", "v3"))
 
     asyncio.run(run())

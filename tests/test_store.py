@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from server.store.gc import Removed, collect
 from server.store.objects import ATTEMPTS, Objects
 from server.store.releases import DELETED, MAX_SERVING, MAX_SHADOWS, SHARES_TOLERANCE, Plan, Release, choose
 from server.store.report import GoldenCheck, Report
-from server.store.store import LAST_SORTED, AdapterStore, check_name, check_version
+from server.store.store import LAST_SORTED, AdapterStore, StoredVersion, check_name, check_version
 
 REPORT = Report(
     backbone="tiny",
@@ -1855,3 +1855,20 @@ class StoreModel(RuleBasedStateMachine):
 
 def test_any_sequence_of_calls() -> None:
     run_state_machine_as_test(StoreModel, settings=settings(max_examples=20, stateful_step_count=20))
+
+
+def test_what_is_uploaded_again_while_garbage_is_collected_stays(memory_store: Sync) -> None:
+    """It was old when the versions were listed."""
+    store = memory_store.store
+    version = memory_store.put_version("a", artifact(1))
+    listed = memory_store.versions("a")
+
+    async def again() -> list[Removed]:
+        async def versions(name: str) -> list[StoredVersion]:
+            return [replace(one, stored_at=datetime(2000, 1, 1, tzinfo=UTC)) for one in listed]
+
+        store.versions = versions  # type: ignore[method-assign]
+        return [one async for one in collect(store, min_age=timedelta(hours=1))]
+
+    assert asyncio.run(again()) == []
+    assert memory_store.get_version("a", version).version == version

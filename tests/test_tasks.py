@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from helpers import LABELS, make_blueprint, random_adapter, random_text, run
 from torch import Tensor
 
+from server.adapters.base import ALIGNMENT, TENSOR_BYTES
 from server.adapters.states import TextStates
 from server.backbone.backbone import Backbone
 from server.core import LabelScore, Pooling
@@ -249,4 +250,6 @@ def test_a_fresh_head_learns(bert: Backbone) -> None:
 
 def test_the_memory_of_an_adapter_is_that_of_its_tensors(bert: Backbone) -> None:
     adapter = random_adapter(bert, "lora", {"r": 2, "lora_alpha": 2}, seed=0)
-    assert adapter.bound.nbytes == sum(tensor.numel() * 4 for tensor in adapter.tensors.values())
+    expected = sum(tensor.numel() * 4 + TENSOR_BYTES for tensor in adapter.tensors.values())
+    assert adapter.bound.nbytes == expected
+    assert adapter.bound.compact().nbytes <= expected + ALIGNMENT * len(adapter.tensors)

@@ -7,8 +7,8 @@ own contiguous slice of the token axis; `plan.py` runs many of them in one batch
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict
@@ -50,6 +50,7 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
+T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 WeightsT = TypeVar("WeightsT")
 Shape = tuple[int, ...]
@@ -150,6 +151,24 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
 
 Method = AdapterMethod[Any, Any]
 
+TENSOR_BYTES = 512
+"""What a tensor takes beside its numbers: the object, its parts in C++, its place in a tuple or a dictionary."""
+
+ALIGNMENT = 64
+"""Bytes at whose multiples tensors begin, as torch's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where a part acts on a backbone, and what its tensors are called there."""
+
+    sites: Mapping[Site, Mapping[str, str]]
+    """At each site, parameter name -> artifact tensor name."""
+    shared: Mapping[str, str]
+    """The same for what the sites share."""
+    shapes: Mapping[str, Shape]
+    """Artifact tensor name -> shape, for all of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -157,20 +176,32 @@ class Part:
 
     method: Method
     config: MethodConfig
+    _layouts: dict[int, tuple[BackboneSpec, Layout]] = field(default_factory=dict, compare=False, repr=False)
+
+    def layout(self, spec: BackboneSpec) -> Layout:
+        """Computed once: adapters that were made alike share a part. Raises InvalidAdapter where it does not fit."""
+        if id(spec) not in self._layouts:
+            self._layouts[id(spec)] = spec, self._lay_out(spec)  # with the spec, so that its id stays its own
+        return self._layouts[id(spec)][1]
+
+    def _lay_out(self, spec: BackboneSpec) -> Layout:
+        method, config = self.method, self.config
+        at = {site: method.shapes(config, site, spec.sites[site]) for site in method.sites(config, spec)}
+        sites = {site: {param: tensor_name(site, param) for param in shapes} for site, shapes in at.items()}
+        shared_shapes = method.shared_shapes(config, spec)
+        shared = {param: f"{method.name}/{param}" for param in shared_shapes}
+        shapes = {shared[param]: shape for param, shape in shared_shapes.items()}
+        for site, names in sites.items():
+            shapes |= {name: at[site][param] for param, name in names.items()}
+        return Layout(sites, shared, shapes)
 
     def sites(self, spec: BackboneSpec) -> list[Site]:
         """Where it acts."""
-        return self.method.sites(self.config, spec)
+        return list(self.layout(spec).sites)
 
-    def shapes(self, spec: BackboneSpec) -> dict[str, Shape]:
+    def shapes(self, spec: BackboneSpec) -> Mapping[str, Shape]:
         """Artifact tensor name -> shape, for everything that it consists of."""
-        shapes = {
-            tensor_name(site, param): shape
-            for site in self.sites(spec)
-            for param, shape in self.method.shapes(self.config, site, spec.sites[site]).items()
-        }
-        shared = self.method.shared_shapes(self.config, spec)
-        return {f"{self.method.name}/{param}": shape for param, shape in shared.items()} | shapes
+        return self.layout(spec).shapes
 
     def init(self, host: Host, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh parameters, by artifact tensor name."""
@@ -185,31 +216,70 @@ class Part:
 
     def bind(self, tensors: Mapping[str, Tensor], host: Host) -> "BoundPart":
         """Prepares its tensors at all its sites. They must have passed `check_tensors`."""
-        method, config, spec = self.method, self.config, host.spec
-        stored = {param: tensors[f"{method.name}/{param}"] for param in method.shared_shapes(config, spec)}
-        shared = method.share(config, stored, host)
+        method, config, layout = self.method, self.config, self.layout(host.spec)
+        shared = method.share(config, {param: tensors[name] for param, name in layout.shared.items()}, host)
         sites = {}
-        for site in self.sites(spec):
-            names = method.shapes(config, site, spec.sites[site])
-            params = {param: tensors[tensor_name(site, param)] for param in names}
+        for site, names in layout.sites.items():
+            params = {param: tensors[name] for param, name in names.items()}
             sites[site] = method.bind(config, site, params, shared, host.module(site))
         return BoundPart(method, sites, method.framing(config))
 
 
 def memory(bound: Any) -> int:
-    """Bytes of the tensors in bound weights. What adapters share counts for each of them."""
+    """Bytes of the tensors in bound weights, and of what holds them. What adapters share counts for each of them."""
     storages: dict[int, int] = {}
+    tensors = 0
     waiting = [bound]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
+            tensors += 1
             storage = value.untyped_storage()
             storages[id(storage) if value.is_meta else storage.data_ptr()] = storage.nbytes()
         elif isinstance(value, Mapping):
             waiting.extend(value.values())
         elif isinstance(value, list | tuple):
             waiting.extend(value)
-    return sum(storages.values())
+    return sum(storages.values()) + TENSOR_BYTES * tensors
+
+
+def compacted(bound: T) -> T:
+    """The same bound weights in one piece of memory, which goes back in one piece.
+
+    In pieces of a few kilobytes, weights that come and go leave holes that cost a quarter of their memory. Parameters
+    of the backbone and views stay where they are: others may have the rest of them.
+    """
+    own: dict[int, Tensor] = {}
+    waiting: list[Any] = [bound]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            if value.is_contiguous() and not value._is_view() and not isinstance(value, nn.Parameter):
+                own[id(value)] = value
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple):
+            waiting.extend(value)
+    if not own:
+        return bound
+    sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in own.values()]
+    piece = torch.empty(sum(sizes), dtype=torch.uint8, device=next(iter(own.values())).device)
+    moved: dict[int, Tensor] = {}
+    for place, (key, value) in zip(torch.split(piece, sizes), own.items(), strict=True):
+        moved[key] = place[: value.nbytes].view(value.dtype).view(value.shape).copy_(value)
+    return cast(T, _replaced(bound, moved))
+
+
+def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return moved.get(id(value), value)
+    if isinstance(value, Mapping):
+        return {key: _replaced(one, moved) for key, one in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_replaced(one, moved) for one in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_replaced(one, moved) for one in value)
+    return value
 
 
 def tensor_name(site: Site, param: str) -> str:
@@ -263,8 +333,11 @@ class AdapterWeights:
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) -> None:
-    """Refuses a misshapen, a non-finite, an unused or a missing tensor by its name, the same one each time."""
+def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], *, finite: bool = False) -> None:
+    """Refuses a misshapen, a non-finite, an unused or a missing tensor by its name, the same one each time.
+
+    `finite`: the values are known to be.
+    """
     ordered = sorted(tensors.items())
     for name, tensor in ordered:
         # Shapes first: of all that differs between two backbones, sizes tell the uploader most.
@@ -279,7 +352,9 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape]) ->
             raise InvalidAdapter(f"tensor {name!r} is not used by this adapter", param=name, code="unused_tensor")
         if tensor.dtype not in FLOATS:
             raise InvalidAdapter(f"tensor {name!r} holds {tensor.dtype}", param=name, code="wrong_dtype")
-        if not bool(torch.isfinite(tensor.float()).all()):  # as it will be used, whatever it is stored in
+        if not finite and not bool(
+            torch.isfinite(tensor.float()).all()
+        ):  # as it will be used, whatever it is stored in
             raise InvalidAdapter(f"tensor {name!r} has NaN or infinite values", param=name, code="not_finite")
     for name in shapes:
         if name not in tensors:

@@ -39,7 +39,6 @@ from server.engine.engine import Described
 from server.engine.publishing import Upload
 from server.errors import InvalidRequest
 from server.store.names import check_name, check_version
-from server.store.releases import Plan
 
 PREFIX = "/admin"
 
@@ -49,7 +48,7 @@ BY = "http"
 """Who a release says that it was made by; there are no accounts."""
 
 
-def adapter_name(name: str, request: Request) -> str:
+async def adapter_name(name: str, request: Request) -> str:
     """The name in the path. Starlette drops a newline at its end, which would make another name of it."""
     return check_name(f"{name}\n" if request.scope["path"].endswith("\n") else name)
 
@@ -105,8 +104,7 @@ async def list_releases(
 @router.post("/adapters/{name:path}/releases", status_code=201)
 async def make_release(name: NameDep, body: ReleaseBody, engine: EngineDep) -> ReleaseAnswer:
     """Say which stored versions serve from here on, with which shares of the traffic."""
-    plan = Plan(traffic=body.traffic, shadow=body.shadow)
-    return release_answer(name, await engine.release(name, plan, by=BY, note=body.note, after=body.after))
+    return release_answer(name, await engine.release(name, body.plan(), by=BY, note=body.note, after=body.after))
 
 
 @router.post("/adapters/{name:path}/rollback", status_code=201)

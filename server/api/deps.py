@@ -1,4 +1,4 @@
-"""What routes are given."""
+"""What routes are given. Coroutines, since FastAPI would hand plain functions to a thread for each request."""
 
 from typing import Annotated
 
@@ -9,19 +9,19 @@ from server.metrics import Metrics
 from server.settings import Settings
 
 
-def get_engine(request: Request) -> Engine:
+async def get_engine(request: Request) -> Engine:
     """The application's engine."""
     engine: Engine = request.app.state.engine
     return engine
 
 
-def get_settings(request: Request) -> Settings:
+async def get_settings(request: Request) -> Settings:
     """The application's settings."""
     settings: Settings = request.app.state.settings
     return settings
 
 
-def get_metrics(request: Request) -> Metrics:
+async def get_metrics(request: Request) -> Metrics:
     """The application's metrics."""
     metrics: Metrics = request.app.state.metrics
     return metrics

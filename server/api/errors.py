@@ -22,7 +22,8 @@ MESSAGES = {"model_attributes_type": "a JSON object is needed, sent with Content
 """For the errors whose own words tell a client nothing."""
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase} for status in (404, 413, 422, 429, 503)
+    status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
+    for status in (404, 409, 413, 422, 429, 500, 503, 507)
 }
 """For the OpenAPI document."""
 

@@ -51,8 +51,8 @@ instead of a broken connection."""
 class LimitBody:
     """Answers 413 to a body over its limit, whether it says so in Content-Length or not."""
 
-    def __init__(self, app: ASGIApp, limit: Callable[[str], int]) -> None:
-        """`limit(path)`: the most bytes that a body sent to this path may have."""
+    def __init__(self, app: ASGIApp, limit: Callable[[Scope], int]) -> None:
+        """`limit(scope)`: the most bytes that the body of such a request may have."""
         self._app = app
         self._limit = limit
 
@@ -61,7 +61,7 @@ class LimitBody:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        limit = self._limit(scope["path"])
+        limit = self._limit(scope)
         size = 0
 
         async def limited() -> Message:

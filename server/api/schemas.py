@@ -16,7 +16,7 @@ from pydantic import (
 )
 
 from server.core import LabelScore, check_text
-from server.store.releases import KEEP, MIN_AGE, Plan
+from server.store.releases import KEEP, MAX_SERVING, MAX_SHADOWS, MIN_AGE, Plan, Share, Version
 from server.store.report import Report
 
 
@@ -31,6 +31,8 @@ def _not_blank(text: str) -> str:
 
 
 Text = Annotated[str, AfterValidator(_not_blank)]
+MAX_AGE_SECONDS = 100 * 366 * 86_400.0
+
 Note = Annotated[str, Field(max_length=2000, description="Why; it is kept in the history."), AfterValidator(check_text)]
 After = Annotated[
     int | None,
@@ -38,12 +40,31 @@ After = Annotated[
 ]
 
 
-class ClassifyBody(BaseModel):
+class Body(BaseModel):
+    """A request's body. It is strict: a wrong type or an unknown field is an error that names it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown_field_is_enough(cls, body: Any) -> Any:
+        """Only the first unknown field reaches the check that names it: a body may hold a hundred thousand."""
+        if not isinstance(body, dict):
+            return body
+        names = {alias for field in cls.model_fields.values() for alias in _aliases(field.validation_alias)}
+        known = {name: body[name] for name in (*cls.model_fields, *names) if name in body}
+        unknown = next((name for name in body if name not in known), None)
+        return known if unknown is None else known | {unknown: body[unknown]}
+
+
+def _aliases(alias: Any) -> list[str]:
+    return [one for one in alias.choices if isinstance(one, str)] if isinstance(alias, AliasChoices) else []
+
+
+class ClassifyBody(Body):
     """Texts and the adapter to classify them with."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
         json_schema_extra={"examples": [{"adapter": "sentiment", "inputs": "What a lovely day"}]},
     )
 
@@ -68,16 +89,6 @@ class ClassifyBody(BaseModel):
         "say. Without one, the request's id decides.",
     )
     truncate: bool = Field(True, description="Cut texts that are too long for the backbone; else they get 413.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _one_unknown_field_is_enough(cls, body: Any) -> Any:
-        """Only the first unknown field reaches the check that names it: a body may hold a hundred thousand."""
-        if not isinstance(body, dict):
-            return body
-        known = {name: body[name] for name in (*cls.model_fields, "model") if name in body}
-        unknown = next((name for name in body if name not in known), None)
-        return known if unknown is None else known | {unknown: body[unknown]}
 
 
 class Usage(BaseModel):
@@ -178,28 +189,49 @@ class UploadAnswer(BaseModel):
     evaluation: Evaluation | None
 
 
-class ReleaseBody(Plan):
+def _few(limit: int) -> BeforeValidator:
+    """Counts before anything inside is looked at: each wrong item would cost an error object."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise ValueError(f"{len(value)} entries, at most {limit} are taken")
+        return value
+
+    return BeforeValidator(check)
+
+
+class ReleaseBody(Body):
     """Which versions serve from here on."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={"examples": [{"traffic": {"9c" * 32: 0.9, "da" * 32: 0.1}, "note": "canary"}]},
+        json_schema_extra={"examples": [{"traffic": {"9c" * 32: 0.9, "da" * 32: 0.1}, "note": "canary"}]}
     )
 
+    traffic: Annotated[
+        dict[Version, Share],
+        _few(MAX_SERVING),
+        Field(min_length=1, description="Version -> share of the requests, adding up to 1. DELETE takes all away."),
+    ]
+    shadow: Annotated[
+        list[Version],
+        _few(MAX_SHADOWS),
+        Field(description="Versions that compute every request as well, for comparison."),
+    ] = []
     note: Note = ""
     after: After = None
 
     @model_validator(mode="after")
-    def _serves(self) -> Self:
-        if not self.traffic:
-            raise ValueError("traffic names no version; DELETE takes an adapter out of service")
+    def _makes_sense(self) -> Self:
+        self.plan()
         return self
 
+    def plan(self) -> Plan:
+        """What the versions are to get."""
+        return Plan(traffic=self.traffic, shadow=tuple(self.shadow))
 
-class RollbackBody(BaseModel):
+
+class RollbackBody(Body):
     """How far to go back."""
-
-    model_config = ConfigDict(extra="forbid")
 
     to: int | None = Field(None, ge=1, description="A release; without one, what served before this one.")
     note: Note = ""
@@ -250,15 +282,17 @@ class VerifyAnswer(BaseModel):
     report: Report
 
 
-class CollectBody(BaseModel):
+class CollectBody(Body):
     """What to keep when versions are removed that nobody needs."""
-
-    model_config = ConfigDict(extra="forbid")
 
     adapter: str | None = Field(None, description="Only this one's versions.")
     keep: int = Field(KEEP, ge=1, description="Versions that the last so many releases of an adapter name stay.")
     min_age_seconds: float = Field(
-        MIN_AGE.total_seconds(), ge=0, description="Younger versions stay: they may be about to be released."
+        MIN_AGE.total_seconds(),
+        ge=0,
+        le=MAX_AGE_SECONDS,
+        allow_inf_nan=False,
+        description="Younger versions stay: they may be about to be released.",
     )
     dry_run: bool = Field(False, description="Only tell.")
 

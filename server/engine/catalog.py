@@ -5,6 +5,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 from rapidfuzz import process
 
@@ -160,6 +161,11 @@ class Catalog:
                 reason = getattr(error, "message", "it is still being loaded")
                 log.warning("a release waits for its versions", adapter=name, release=release.number, error=reason)
                 release = known
+            except Exception:
+                log.exception(
+                    "a release cannot be served, the one before goes on", adapter=name, release=release.number
+                )
+                release = known
         self.note(name, release, started)
         return self._views[name].release
 
@@ -171,7 +177,8 @@ class Catalog:
         return UnknownAdapter(f"no adapter is called {name[:140]!r}{hint}", param="adapter")
 
     async def _nearest(self, name: str) -> str | None:
-        near = process.extract(name, await self._all_names(), limit=NEAREST, score_cutoff=60, processor=str.lower)
+        find = partial(process.extract, name, await self._all_names(), limit=NEAREST, score_cutoff=60)
+        near = await asyncio.to_thread(find, processor=str.lower)  # of a hundred thousand names it takes a while
         for candidate, _, _ in near:
             release = await self.current(candidate)  # names of deleted adapters stay in the store
             if release is not None and not release.deleted:

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 from server.backbone.backbone import Backbone
 from server.core import AdapterRef, BackboneSpec, Classification, ClassifyRequest
 from server.engine.catalog import Catalog
-from server.engine.loading import Checked, Loader
+from server.engine.loading import Checked, Checker, Loader
 from server.engine.memory import Memory
 from server.engine.pins import Pins
 from server.engine.pipeline import Pipeline
@@ -22,7 +22,7 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.shadows import Answered, Shadows
 from server.engine.worker import QueuedRow, Worker
-from server.errors import AdapterdError, CorruptVersion, StoreUnavailable, TooLarge, WrongTask
+from server.errors import AdapterdError, CorruptVersion, StoreUnavailable, WrongTask
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
@@ -35,10 +35,6 @@ from server.store.store import AdapterStore, StoredVersion
 from server.tasks.adapter import TaskAdapter
 
 log = get_logger("adapterd.engine")
-
-MAX_SCORES = 100_000
-"""Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
-and a half million took 9 seconds."""
 
 AT_ONCE = 32
 """Releases that a list of adapters reads at the same time."""
@@ -109,7 +105,8 @@ class Engine:
         self._worker = Worker(Runner(backbone), scheduler, metrics)
         self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool)
         prover = Prover(backbone, self._pipeline)
-        loader = Loader(store, backbone, prover, self._loader_pool)
+        checker = Checker(backbone)
+        loader = Loader(store, checker, prover, self._loader_pool)
         self._residency = Residency(loader, **_memories(backbone, settings, metrics), metrics=metrics, clock=clock)
         self._catalog = Catalog(
             store,
@@ -126,6 +123,7 @@ class Engine:
             self._catalog,
             self._residency,
             self._pipeline,
+            checker,
             prover,
             metrics,
             self._loader_pool,
@@ -179,7 +177,10 @@ class Engine:
         name = request.adapter
         release, version = await self._route(request)
         async with self._residency.lease(name, version) as adapter:
-            _check_answerable(request, adapter)
+            if not adapter.task.classifies:
+                raise WrongTask(
+                    f"adapter {name!r} does {adapter.task.name}, which /classify does not answer", param="adapter"
+                )
             texts = await self._pipeline.encode(request.inputs, adapter, truncate=request.truncate)
             predictions = await self._pipeline.run(texts, adapter, top_k=request.top_k)
             task = adapter.task
@@ -307,18 +308,3 @@ def _memories(backbone: Backbone, settings: Settings, metrics: Metrics) -> _Memo
         return {"device": memory("host", settings.host_memory_bytes), "host": None, "reading": reading}
     device, host = memory("device", settings.device_memory_bytes), memory("host", settings.host_memory_bytes)
     return {"device": device, "host": host, "reading": reading}
-
-
-def _check_answerable(request: ClassifyRequest, adapter: TaskAdapter) -> None:
-    if not adapter.task.classifies:
-        raise WrongTask(
-            f"adapter {request.adapter!r} does {adapter.task.name}, which /classify does not answer", param="adapter"
-        )
-    scores = len(request.inputs) * min(request.top_k or len(adapter.labels), len(adapter.labels))
-    if scores > MAX_SCORES:
-        raise TooLarge(
-            f"{len(request.inputs)} inputs and {len(adapter.labels)} labels make {scores} scores, at most "
-            f"{MAX_SCORES} fit an answer; ask for fewer labels with top_k, or send fewer inputs",
-            param="top_k",
-            code="too_many_scores",
-        )

@@ -23,7 +23,7 @@ class _Failure:
 
 
 class Failures(Generic[K]):
-    """Keys that failed, with the error that callers get until the pause is over. Each failure doubles the pause."""
+    """Keys that failed, with the error that callers get until a pause is over. Failing again soon doubles it."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         """`clock` gives seconds; only differences count."""
@@ -33,7 +33,8 @@ class Failures(Generic[K]):
     def note(self, key: K, error: AdapterdError) -> None:
         """`key` has failed just now."""
         before = self._failed.pop(key, None)
-        pause = min(before.pause * 2, LONGEST_PAUSE_SECONDS) if before else FIRST_PAUSE_SECONDS
+        again = before is not None and self._clock() - before.until < LONGEST_PAUSE_SECONDS
+        pause = min(before.pause * 2, LONGEST_PAUSE_SECONDS) if before and again else FIRST_PAUSE_SECONDS
         self._failed[key] = _Failure(error, pause, self._clock() + pause)
         if len(self._failed) > MAX_REMEMBERED:
             self._failed.popitem(last=False)

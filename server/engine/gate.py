@@ -12,7 +12,11 @@ from server.tasks.dataset import Dataset, parse_dataset
 from server.tasks.metrics import Report, report
 
 FIELD = "eval"
+MAX_BYTES = 16 * 1024 * 1024
 MAX_ROWS = 20_000
+MAX_CHARACTERS = 100_000
+"""Of one text: tokenizing takes time and memory for all of it, though all but the beginning is cut."""
+
 CHUNK = 32
 """Texts that are queued at once, so that requests get between them."""
 
@@ -40,9 +44,12 @@ def read(data: bytes, adapter: TaskAdapter) -> Dataset:
     """The rows of an upload. Raises InvalidRequest naming the line; labels have to be the adapter's."""
     if adapter.task.name != "classification":
         raise InvalidRequest(f"an adapter for {adapter.task.name} cannot be compared this way", param=FIELD)
-    dataset = parse_dataset(data, FIELD, known=adapter.labels)
-    if len(dataset.texts) > MAX_ROWS:
-        raise TooLarge(f"{FIELD}: {len(dataset.texts)} rows, at most {MAX_ROWS} are taken", param=FIELD)
+    if len(data) > MAX_BYTES:
+        raise TooLarge(f"{FIELD}: {len(data)} bytes, at most {MAX_BYTES} are taken", param=FIELD)
+    dataset = parse_dataset(data, FIELD, known=adapter.labels, max_rows=MAX_ROWS)
+    longest = max(map(len, dataset.texts))
+    if longest > MAX_CHARACTERS:
+        raise TooLarge(f"{FIELD}: a text of {longest} characters, at most {MAX_CHARACTERS} are taken", param=FIELD)
     return dataset
 
 

@@ -1,10 +1,12 @@
 """From the store to the device: each step, away from the event loop, with the proof that an adapter is one."""
 
 import asyncio
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TypeVar
 
 from torch import Tensor
@@ -21,13 +23,18 @@ from server.tasks.head import HEAD
 
 T = TypeVar("T")
 
+LONGEST_RECIPE = 16 * 1024
+RECIPES = 256
+"""Kinds of adapters, by method, options and number of labels, whose plans are kept."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """An adapter in the host's memory that is known to fit the backbone, every tensor of it used."""
 
     manifest: Manifest
-    report: Report | None
+    proven: bool
+    """A server has run it on this backbone, in this number format."""
     blueprint: Blueprint
     tensors: Mapping[str, Tensor]
     nbytes: int
@@ -36,42 +43,60 @@ class Checked:
     """Memory that it takes on the device, as far as can be told before it is there."""
 
 
-def check(artifact: Artifact, backbone: Backbone) -> Checked:
-    """Raises InvalidAdapter naming what does not fit the backbone."""
-    manifest = artifact.manifest
-    _check_backbone(manifest.backbone, backbone.spec)
-    blueprint = Blueprint.check(
-        method=manifest.method,
-        config=manifest.config,
-        also=[(part.method, part.config) for part in manifest.also],
-        task=manifest.task,
-        head=manifest.head,
-        labels=manifest.labels,
-        spec=backbone.spec,
-    )
-    blueprint.check_tensors(artifact.tensors)
-    return Checked(
-        manifest,
-        artifact.report,
-        blueprint,
-        artifact.tensors,
-        nbytes=sum(tensor.nbytes for tensor in artifact.tensors.values()),
-        estimate=artifact.report.memory_bytes
-        if artifact.report and _covers(artifact.report, backbone)
-        else sum(
-            tensor.nbytes if name.startswith(HEAD) else tensor.numel() * backbone.dtype.itemsize
+class Checker:
+    """Artifacts against one backbone. Thread-safe."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self._blueprint = lru_cache(RECIPES)(self._planned)
+
+    def check(self, artifact: Artifact) -> Checked:
+        """Raises InvalidAdapter naming what does not fit the backbone."""
+        manifest, report = artifact.manifest, artifact.report
+        _check_backbone(manifest.backbone, self._backbone.spec)
+        also = [(part.method, part.config) for part in manifest.also]
+        recipe = json.dumps([manifest.method, manifest.config, also, manifest.task, manifest.head])
+        planned = self._blueprint if len(recipe) < LONGEST_RECIPE else self._planned
+        blueprint = planned(recipe, len(manifest.labels)).labelled(manifest.labels)
+        proven = report is not None and self.covers(report)  # of these very bytes, which have been compared
+        blueprint.check_tensors(artifact.tensors, finite=proven)
+        estimate = sum(
+            tensor.nbytes if name.startswith(HEAD) else tensor.numel() * self._backbone.dtype.itemsize
             for name, tensor in artifact.tensors.items()
-        ),
-    )
+        )
+        return Checked(
+            manifest,
+            proven,
+            blueprint,
+            artifact.tensors,
+            nbytes=sum(tensor.nbytes for tensor in artifact.tensors.values()),
+            estimate=report.memory_bytes if report is not None and proven else estimate,
+        )
+
+    def bind(self, checked: Checked) -> TaskAdapter:
+        """The adapter on the backbone's device."""
+        return checked.blueprint.bind(checked.tensors, self._backbone).compact()
+
+    def covers(self, report: Report) -> bool:
+        """Whether what a server has found holds here."""
+        return report.covers(self._backbone.spec.fingerprint, self._backbone.dtype_name)
+
+    def _planned(self, recipe: str, labels: int) -> Blueprint:
+        """Adapters come in families that were trained alike, and planning takes longer than all the rest."""
+        method, config, also, task, head = json.loads(recipe)
+        names = [str(index) for index in range(labels)]
+        return Blueprint.check(
+            method=method, config=config, also=also, task=task, head=head, labels=names, spec=self._backbone.spec
+        )
 
 
 class Loader:
     """Reads versions and places them on the device."""
 
-    def __init__(self, store: AdapterStore, backbone: Backbone, prover: Prover, executor: Executor) -> None:
+    def __init__(self, store: AdapterStore, checker: Checker, prover: Prover, executor: Executor) -> None:
         """`executor` does what computes."""
         self._store = store
-        self._backbone = backbone
+        self._checker = checker
         self._prover = prover
         self._executor = executor
 
@@ -82,34 +107,40 @@ class Loader:
     async def check(self, name: str, opened: OpenedVersion) -> Checked:
         """The version in the host's memory. Raises CorruptVersion, or UnservableAdapter on another backbone."""
         verify = await opened.read()
-        try:
-            return await self._compute(lambda: check(verify(), self._backbone))
-        except InvalidAdapter as error:  # it fitted the backbone of the server that accepted it
-            raise _unservable(name, error) from error
+        with _servable(name):
+            return await self._compute(lambda: self._checker.check(verify()))
+
+    async def bring(self, name: str, opened: OpenedVersion) -> tuple[Checked, TaskAdapter]:
+        """Both steps at once, where the host's memory is the device's: handing over to a thread costs time as well."""
+        verify = await opened.read()
+
+        def work() -> tuple[Checked, TaskAdapter]:
+            checked = self._checker.check(verify())
+            return checked, self._checker.bind(checked)
+
+        with _servable(name):
+            return await self._compute(work)
 
     async def place(self, checked: Checked) -> TaskAdapter:
         """The adapter on the device."""
-        return await self._compute(partial(checked.blueprint.bind, checked.tensors, self._backbone))
+        return await self._compute(partial(self._checker.bind, checked))
 
     async def prove(self, name: str, checked: Checked, adapter: TaskAdapter) -> None:
         """Proves an adapter that no server has proven on this backbone yet. Raises UnservableAdapter."""
-        if checked.report is not None and _covers(checked.report, self._backbone):
-            return
-        try:
-            await self._prover.prove(checked.manifest, adapter)
-        except InvalidAdapter as error:
-            raise _unservable(name, error) from error
+        if not checked.proven:
+            with _servable(name):
+                await self._prover.prove(checked.manifest, adapter)
 
     async def _compute(self, function: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
 
-def _covers(report: Report, backbone: Backbone) -> bool:
-    return report.covers(backbone.spec.fingerprint, backbone.dtype_name)
-
-
-def _unservable(name: str, error: InvalidAdapter) -> UnservableAdapter:
-    return UnservableAdapter(f"adapter {name!r} cannot be served here: {error.message}")
+@contextmanager
+def _servable(name: str) -> Iterator[None]:
+    try:
+        yield
+    except InvalidAdapter as error:  # it fitted the backbone of the server that accepted it
+        raise UnservableAdapter(f"adapter {name!r} cannot be served here: {error.message}") from error
 
 
 def _check_backbone(made_for: TrainedOn, spec: BackboneSpec) -> None:

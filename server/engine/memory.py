@@ -55,6 +55,7 @@ class Memory(Generic[V]):
         if key not in self._values:
             return None
         self._values.move_to_end(key)
+        self._retired.discard(key)  # somebody has use for it after all
         return self._values[key][0]
 
     def nbytes(self, key: str) -> int:
@@ -136,7 +137,7 @@ class Memory(Generic[V]):
             return OverBudget(
                 f"the adapter takes {nbytes} bytes, {self._tier} memory has {self.max_bytes} for adapters"
             )
-        return MemoryFull(f"{nbytes} bytes do not fit: the adapters in {self._tier} memory are in use or pinned")
+        return MemoryFull(f"{nbytes} bytes do not fit the {self._tier} memory now: what it holds is in use or pinned")
 
     def _evict(self, nbytes: int, replaced: str | None = None) -> bool:
         """Frees that much beside what is claimed, from the least recently used on; False, and nothing, if it cannot."""

@@ -26,8 +26,9 @@ class Pins:
         self._residency = residency
         self._metrics = metrics
         self._poll_seconds = poll_seconds
-        self._names: frozenset[str] = frozenset()
-        self._bytes = 0
+        self._turn = asyncio.Lock()
+        self._names: frozenset[str] = frozenset()  # that are pinned and in memory
+        self._versions: frozenset[str] = frozenset()  # what those serve
 
     def __contains__(self, name: str) -> bool:
         return name in self._names
@@ -45,46 +46,48 @@ class Pins:
 
     async def refresh(self) -> None:
         """Reads the list and brings into memory what is on it."""
-        names = await self._store.pins()
-        pinned: set[str] = set()
-        done: list[str] = []
-        nbytes = 0
-        for name in names:
-            try:
-                versions = await self._versions(name)
-                for version in versions - pinned:
-                    async with self._residency.lease(name, version):
-                        size = self._residency.nbytes(version)
-                    if nbytes + size > self._limit:
-                        raise self._over(name, nbytes + size)
-                    nbytes += size
-                    pinned.add(version)
-                    # At once, lest the next one on the list takes its place.
-                    self._residency.pin(pinned)
-            except AdapterdError as error:
-                log.warning("a pinned adapter is not in memory", adapter=name, error=error.message)
-            else:
-                done.append(name)
-        self._residency.pin(pinned)
-        self._names, self._bytes = frozenset(done), nbytes
-        self._metrics.pinned.set(len(done))
+        async with self._turn:
+            await self._refresh()
 
     async def pin(self, name: str) -> None:
         """Brings what the name serves into memory and puts it on the list. Raises OverBudget, UnknownAdapter."""
-        release = await self._catalog.serving(name)
-        nbytes = self._bytes
-        for version in release.versions if name not in self._names else ():
-            async with self._residency.lease(name, version):
-                nbytes += self._residency.nbytes(version)
-        if nbytes > self._limit:
-            raise self._over(name, nbytes)
-        await self._store.pin(name)
-        await self.refresh()
+        async with self._turn:
+            release = await self._catalog.serving(name)
+            nbytes = sum(map(self._residency.nbytes, self._versions))
+            for version in set(release.versions) - self._versions:
+                async with self._residency.lease(name, version):
+                    nbytes += self._residency.nbytes(version)
+            if nbytes > self._limit:
+                raise self._over(name, nbytes)
+            await self._store.pin(name)
+            await self._refresh()
 
     async def unpin(self, name: str) -> None:
         """Takes the name off the list."""
-        await self._store.unpin(name)
-        await self.refresh()
+        async with self._turn:
+            await self._store.unpin(name)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        pinned: dict[str, int] = {}  # version -> bytes
+        done: set[str] = set()
+        for name in await self._store.pins():
+            try:
+                for version in await self._named(name):
+                    async with self._residency.lease(name, version):
+                        nbytes = sum(pinned.values()) + self._residency.nbytes(version)
+                        if version not in pinned and nbytes > self._limit:
+                            raise self._over(name, nbytes)
+                        pinned[version] = self._residency.nbytes(version)
+                        # At once, and beside those of the last time, which are still to be looked at.
+                        self._residency.pin(self._versions | pinned.keys())
+            except AdapterdError as error:
+                log.warning("a pinned adapter is not in memory", adapter=name, error=error.message)
+            else:
+                done.add(name)
+        self._names, self._versions = frozenset(done), frozenset(pinned)
+        self._residency.pin(self._versions)
+        self._metrics.pinned.set(len(done))
 
     @property
     def _limit(self) -> float:
@@ -97,6 +100,6 @@ class Pins:
             param="name",
         )
 
-    async def _versions(self, name: str) -> set[str]:
+    async def _named(self, name: str) -> tuple[str, ...]:
         release = await self._catalog.current(name)
-        return set(release.versions) if release is not None else set()
+        return release.versions if release is not None else ()

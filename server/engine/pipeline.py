@@ -10,7 +10,12 @@ from server.backbone.tokenizer import Tokenizer
 from server.core import Encoding
 from server.engine.runner import Row
 from server.engine.worker import Worker
+from server.errors import TooLarge
 from server.tasks.adapter import TaskAdapter
+
+MAX_SCORES = 100_000
+"""Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
+and a half million took 9 seconds."""
 
 
 class Pipeline:
@@ -31,6 +36,17 @@ class Pipeline:
     async def run(
         self, texts: Sequence[Encoding], adapter: TaskAdapter, *, top_k: int | None = None, raw: bool = False
     ) -> list[Any]:
-        """An answer for each text: predictions, or the head's raw outputs. Raises Overloaded or ShuttingDown."""
+        """An answer for each text: predictions, or the head's raw outputs.
+
+        Raises Overloaded or ShuttingDown, and TooLarge for more scores than an answer holds.
+        """
+        scores = len(texts) * min(top_k or len(adapter.labels), len(adapter.labels))
+        if scores > MAX_SCORES and not raw:
+            raise TooLarge(
+                f"{len(texts)} inputs and {len(adapter.labels)} labels make {scores} scores, at most {MAX_SCORES} fit "
+                "an answer; ask for fewer labels with top_k, or send fewer inputs",
+                param="top_k",
+                code="too_many_scores",
+            )
         rows = [Row(text, adapter, top_k, raw) for text in texts]
         return await asyncio.wrap_future(self._worker.submit(rows).future)

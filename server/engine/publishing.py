@@ -3,7 +3,8 @@
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
 
@@ -11,11 +12,19 @@ from server.backbone.backbone import Backbone
 from server.engine import gate
 from server.engine.catalog import Catalog
 from server.engine.gate import Comparison
-from server.engine.loading import Checked, check
+from server.engine.loading import Checked, Checker
 from server.engine.pipeline import Pipeline
 from server.engine.proof import Prover
 from server.engine.residency import Residency
-from server.errors import InvalidAdapter, UnservableAdapter
+from server.errors import (
+    CorruptVersion,
+    InvalidAdapter,
+    InvalidRequest,
+    NotFiniteOutput,
+    OverBudget,
+    UnknownVersion,
+    UnservableAdapter,
+)
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.store.artifact import Artifact, Manifest
@@ -30,6 +39,9 @@ from server.tasks.adapter import TaskAdapter
 log = get_logger("adapterd.publishing")
 
 T = TypeVar("T")
+
+BROKEN = (CorruptVersion, NotFiniteOutput, OverBudget, UnknownVersion, UnservableAdapter)
+"""Why a version that serves may have no outputs: no reason against one that has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +83,7 @@ class Publisher:
         catalog: Catalog,
         residency: Residency,
         pipeline: Pipeline,
+        checker: Checker,
         prover: Prover,
         metrics: Metrics,
         executor: Executor,
@@ -83,6 +96,7 @@ class Publisher:
         self._catalog = catalog
         self._residency = residency
         self._pipeline = pipeline
+        self._checker = checker
         self._prover = prover
         self._metrics = metrics
         self._executor = executor
@@ -96,8 +110,8 @@ class Publisher:
         check_name(name)
         files = await self._compute(partial(gather, upload.files, self._max_upload_bytes))
         artifact: Artifact = await self._compute(partial(read_checkpoint, files, upload.labels, self._backbone))
-        checked = await self._compute(partial(check, artifact, self._backbone))
-        version = artifact.version
+        checked = await self._compute(partial(self._checker.check, artifact))
+        version = await self._compute(lambda: artifact.version)  # a digest of all its bytes
         async with self._residency.newcomer(name, version, checked) as adapter:
             report = await self._report(checked, adapter)
             comparison = await self._compare(name, adapter, upload)
@@ -108,16 +122,17 @@ class Publisher:
 
     async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
         """Makes a release of stored versions. Each is loaded before, so that what cannot serve is not released."""
-        for version in plan.versions:
-            await self._prepare(name, version)
+        tasks = {await self._prepare(name, version) for version in plan.versions}
+        if len(tasks) > 1:
+            raise InvalidRequest(f"the versions do different tasks: {', '.join(sorted(tasks))}", param="traffic")
         return self._released(name, await self._store.release(name, plan, by=by, note=note, after=after), "release")
 
     async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
         """Serves again what served before; see AdapterStore.rollback_target."""
-        current, target = await self._store.rollback_target(name, to)
+        last, target = await self._store.rollback_target(name, to)
         for version in target.versions:
             await self._prepare(name, version)
-        follows = current.number if after is None else after
+        follows = last if after is None else after
         release = await self._store.release(name, target.plan, by=by, note=note, after=follows, restores=target.number)
         return self._released(name, release, "rollback")
 
@@ -128,14 +143,16 @@ class Publisher:
     async def verify(self, name: str, version: str) -> Report:
         """Reads a version from the store and proves it anew, whatever is in memory."""
         artifact = await self._store.get_version(name, version)
-        checked = await self._compute(partial(check, artifact, self._backbone))
-        adapter = await self._compute(partial(checked.blueprint.bind, checked.tensors, self._backbone))
-        return await self._report(checked, adapter)
+        checked = await self._compute(partial(self._checker.check, replace(artifact, report=None)))
+        async with self._residency.visitor(checked) as adapter:
+            return await self._report(checked, adapter)
 
     async def _serve(self, name: str, version: str, upload: Upload, by: str) -> tuple[Release, bool]:
         """The release that serves a stored version, and whether it had to be made."""
         plan = Plan.only(version)
-        current = await self._store.current(name)
+        current: Release | None = None
+        with suppress(CorruptVersion):  # another release puts that right
+            current = await self._store.current(name)
         if current is not None and current.plan == plan:
             self._catalog.note(name, current)
             return current, False
@@ -146,22 +163,29 @@ class Publisher:
         if upload.eval is None:
             return None
         data = await self._compute(partial(gate.read, upload.eval, adapter))
-        candidate = await gate.measure(self._pipeline, adapter, data)
+        try:
+            candidate = await gate.measure(self._pipeline, adapter, data)
+        except NotFiniteOutput as error:
+            raise InvalidAdapter("outputs for an eval text are not finite", param="eval", code="not_finite") from error
         current = None
-        serving = await self._store.current(name)
-        if serving is not None and (version := serving.main_version):
-            async with self._residency.lease(name, version) as other:
-                if other.task is adapter.task:
-                    current = await gate.measure(self._pipeline, other, data)
+        try:
+            serving = await self._store.current(name)
+            if serving is not None and (version := serving.main_version):
+                async with self._residency.lease(name, version) as other:
+                    if other.task is adapter.task:
+                        current = await gate.measure(self._pipeline, other, data)
+        except BROKEN as error:
+            log.warning("what serves cannot be compared", adapter=name, error=error.message)
         comparison = Comparison(candidate, current)
         if comparison.worse and upload.release and not upload.force:
             raise gate.refusal(comparison)
         return comparison
 
-    async def _prepare(self, name: str, version: str) -> None:
+    async def _prepare(self, name: str, version: str) -> str:
+        """Loads a version. The name of its task."""
         try:
-            async with self._residency.lease(name, version):
-                pass
+            async with self._residency.lease(name, version) as adapter:
+                return adapter.task.name
         except UnservableAdapter as error:
             raise InvalidAdapter(error.message, param="traffic") from error
 

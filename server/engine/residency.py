@@ -4,6 +4,8 @@ import time
 from collections.abc import AsyncIterator, Callable, Set
 from contextlib import asynccontextmanager
 
+import torch
+
 from server.engine.failures import Failures
 from server.engine.loading import Checked, Loader
 from server.engine.memory import Memory
@@ -11,13 +13,17 @@ from server.engine.once import Once
 from server.errors import (
     AdapterdError,
     CorruptVersion,
+    MemoryFull,
     OverBudget,
     StoreUnavailable,
     UnknownVersion,
     UnservableAdapter,
 )
+from server.logs import get_logger
 from server.metrics import Metrics
 from server.tasks.adapter import TaskAdapter
+
+log = get_logger("adapterd.residency")
 
 REMEMBERED = (StoreUnavailable, CorruptVersion, UnknownVersion, UnservableAdapter, OverBudget)
 """Failures of a version that the next request would only meet again."""
@@ -79,13 +85,27 @@ class Residency:
 
     @asynccontextmanager
     async def newcomer(self, name: str, version: str, checked: Checked) -> AsyncIterator[TaskAdapter]:
-        """An adapter that is not in the store yet, on the device. It stays there if nothing is raised meanwhile."""
+        """An adapter that is not in the store yet, on the device; it leaves again if something is raised meanwhile."""
         with self._device.held(version):
+            adapter = self._device.get(version)
+            if adapter is not None:  # the same bytes, under another name or from an upload before
+                yield adapter
+                return
             async with self._device.claim(checked.estimate) as claim:
                 adapter = await self._loader.place(checked)
-                yield adapter
                 claim.settle(version, adapter, adapter.nbytes)
-                self._failures.clear((name, version))
+            try:
+                yield adapter
+            except BaseException:
+                self._device.retire(version)
+                raise
+            self._failures.clear((name, version))
+
+    @asynccontextmanager
+    async def visitor(self, checked: Checked) -> AsyncIterator[TaskAdapter]:
+        """An adapter that is on the device for a while, beside whatever is there."""
+        async with self._device.claim(checked.estimate):
+            yield await self._loader.place(checked)
 
     def pin(self, versions: Set[str]) -> None:
         """From here on these versions, and no others, do not leave once they are here."""
@@ -108,6 +128,15 @@ class Residency:
             if isinstance(error, REMEMBERED):
                 self._failures.note((name, version), error)
             raise
+        except torch.OutOfMemoryError as error:
+            self._metrics.adapter_loads.labels("failure").inc()
+            raise MemoryFull(f"the device has no memory left for adapter {name!r}") from error
+        except Exception as error:
+            log.exception("an adapter cannot be loaded", adapter=name, version=version)
+            self._metrics.adapter_loads.labels("failure").inc()
+            failure = UnservableAdapter(f"adapter {name!r} cannot be loaded here")
+            self._failures.note((name, version), failure)
+            raise failure from error
         self._failures.clear((name, version))
         self._metrics.adapter_loads.labels("success").inc()
         self._metrics.adapter_load_seconds.observe(self._clock() - started)
@@ -119,15 +148,27 @@ class Residency:
             return await self._place(name, version, checked)
         opened = await self._loader.open(name, version)
         # Until its bytes are here it takes nobody's place: they may be long in coming, or never come.
+        if self._host is None:
+            async with self._reading.claim(
+                min(2 * opened.size, self._reading.max_bytes)
+            ):  # the file, and what it becomes
+                checked, adapter = await self._loader.bring(name, opened)
+                return await self._settle(name, version, checked, adapter)
         async with self._reading.claim(min(opened.size, self._reading.max_bytes)):
             checked = await self._loader.check(name, opened)
-            if self._host is not None:
+            if checked.nbytes <= self._host.max_bytes:  # else only the device is large enough
                 async with self._host.claim(checked.nbytes) as claim:
                     claim.settle(version, checked, checked.nbytes)
-            return await self._place(name, version, checked)
+        return await self._place(name, version, checked)
+
+    async def _settle(self, name: str, version: str, checked: Checked, adapter: TaskAdapter) -> TaskAdapter:
+        async with self._device.claim(adapter.nbytes) as claim:
+            await self._loader.prove(name, checked, adapter)
+            claim.settle(version, adapter, adapter.nbytes)
+            return adapter
 
     async def _place(self, name: str, version: str, checked: Checked) -> TaskAdapter:
-        async with self._device.claim(min(checked.estimate, self._device.max_bytes)) as claim:
+        async with self._device.claim(checked.estimate) as claim:
             adapter = await self._loader.place(checked)
             await self._loader.prove(name, checked, adapter)
             claim.settle(version, adapter, adapter.nbytes)  # which knows how large it really is

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from server.core import Prediction
 from server.engine.pipeline import Pipeline
 from server.engine.residency import Residency
-from server.errors import AdapterdError, Overloaded
+from server.errors import AdapterdError, Overloaded, TooLarge
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.tasks.base import AnyTask
@@ -64,10 +64,13 @@ class Shadows:
             async with self._residency.lease(answered.name, version) as adapter:
                 texts = await self._pipeline.encode(answered.texts, adapter, truncate=True)
                 shadows: list[Prediction] = await self._pipeline.run(texts, adapter, top_k=answered.top_k)
-        except Overloaded:
+        except (Overloaded, TooLarge):
             self._count(answered, version, "skipped", len(answered.texts))
         except AdapterdError as error:
             log.warning("shadow failed", adapter=answered.name, version=version, error=error.message)
+            self._count(answered, version, "failed", len(answered.texts))
+        except Exception:
+            log.exception("shadow failed", adapter=answered.name, version=version)
             self._count(answered, version, "failed", len(answered.texts))
         else:
             agreed = sum(map(answered.task.agrees, answered.predictions, shadows))

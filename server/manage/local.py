@@ -40,7 +40,7 @@ from server.settings import Settings
 from server.store.gc import collect
 from server.store.names import check_name
 from server.store.objects import brief
-from server.store.releases import Plan, Release
+from server.store.releases import Release
 from server.store.report import Report
 from server.store.store import AdapterStore
 
@@ -173,7 +173,7 @@ class Local:
         return adapter_detail(summary, *await self._store.manifest(name, summary.version))
 
     async def _release(self, name: str, body: ReleaseBody, *, force: bool) -> Release:
-        plan = Plan(traffic=body.traffic, shadow=body.shadow)
+        plan = body.plan()
         for version in () if force else plan.versions:
             if (await self._store.manifest(name, version))[1] is None:
                 raise InvalidAdapter(

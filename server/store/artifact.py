@@ -9,6 +9,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
@@ -117,7 +118,7 @@ class Artifact:
     report: Report | None = None
     """What is known of it beside its content; no part of the version."""
 
-    @property
+    @cached_property
     def version(self) -> str:
         """sha256 (hex) over the digests of the two files, the first without the report."""
         return _digest(self.manifest_bytes, self.tensor_bytes)
@@ -163,11 +164,6 @@ class Artifact:
         except InvalidAdapter as error:
             raise CorruptVersion(f"version {version} is damaged: {error.message}") from error
         return replace(artifact, report=report)
-
-    @staticmethod
-    def report_in(version: str, manifest_file: bytes) -> Report | None:
-        """The report in a stored manifest, if it has one. Raises CorruptVersion."""
-        return _split(version, manifest_file)[1]
 
     @staticmethod
     def manifest_in(version: str, manifest_file: bytes) -> tuple[Manifest, Report | None]:

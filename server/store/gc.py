@@ -54,7 +54,7 @@ async def _collect(
         if version.version in named or datetime.now(UTC) - version.stored_at < min_age:
             continue
         again = partial(_is_named, store, name, keep, version.version)
-        if dry_run or await store.remove_version(name, version.version, again):
+        if dry_run or await store.remove_version(name, version.version, again, min_age=min_age):
             yield Removed(name, version)
 
 

@@ -32,6 +32,7 @@ from server.logs import get_logger
 log = get_logger("adapterd.store")
 
 T = TypeVar("T")
+Buffer = bytes | obstore.Bytes
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.1
@@ -75,8 +76,8 @@ class Opened:
     """An object whose size is known and whose bytes have still to come."""
 
     size: int
-    read: Callable[[], Awaitable[bytes]]
-    """Raises StoreUnavailable."""
+    read: "Callable[[], Awaitable[Buffer]]"
+    """Raises StoreUnavailable. Copying the bytes into Python's takes time, which is left to the caller."""
 
 
 class Objects:
@@ -138,9 +139,9 @@ class Objects:
         size: int = first.meta["size"]
         results = [first]  # a result can be read once: another try needs another
 
-        async def once() -> bytes:
+        async def once() -> Buffer:
             result = results.pop() if results else await obstore.get_async(self._objects, key)
-            return bytes(await result.bytes_async())
+            return await result.bytes_async()
 
         return Opened(size, lambda: self._find(once, size))
 
@@ -165,11 +166,15 @@ class Objects:
 
     async def exists(self, key: str) -> bool:
         """Whether there is such an object."""
+        return await self.modified_at(key) is not None
+
+    async def modified_at(self, key: str) -> datetime | None:
+        """When an object was written last; None where there is none."""
         try:
-            await self._find(lambda: obstore.head_async(self._objects, key))
+            found = await self._find(lambda: obstore.head_async(self._objects, key))
         except FileNotFoundError:
-            return False
-        return True
+            return None
+        return found["last_modified"]
 
     async def delete(self, key: str) -> None:
         """Removes an object, if it is there."""

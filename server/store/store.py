@@ -12,16 +12,27 @@ import asyncio
 import re
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
-from server.errors import Conflict, CorruptVersion, UnknownAdapter, UnknownVersion
+from server.errors import (
+    AdapterdError,
+    Conflict,
+    CorruptVersion,
+    StoreUnavailable,
+    UnknownAdapter,
+    UnknownVersion,
+)
+from server.logs import get_logger
 from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest
 from server.store.names import NAME, check_name, check_version
-from server.store.objects import Objects
+from server.store.objects import Buffer, Objects
 from server.store.releases import DELETED, Plan, Release
 from server.store.report import Report
+
+log = get_logger("adapterd.store")
 
 _RELEASE_FILE = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 _VERSION_FILE = re.compile(rf"([0-9a-f]{{64}})/({re.escape(MANIFEST)}|{re.escape(TENSORS)})")
@@ -52,13 +63,13 @@ class OpenedVersion:
     version: str
     manifest_file: bytes
     size: int  # bytes of the tensors' file
-    read_tensors: Callable[[], Awaitable[bytes]]
+    read_tensors: Callable[[], Awaitable[Buffer]]
 
     async def read(self) -> Callable[[], Artifact]:
         """Its bytes, as a function that makes an artifact of them and proves that they are what was stored: it
         computes, and should not do so on an event loop. Raises CorruptVersion."""
         tensors = await self.read_tensors()
-        return lambda: Artifact.verify(self.version, self.manifest_file, tensors)
+        return lambda: Artifact.verify(self.version, self.manifest_file, bytes(tensors))
 
 
 class AdapterStore:
@@ -111,7 +122,7 @@ class AdapterStore:
             raise CorruptVersion(f"adapter {name!r} has no whole version {version}") from tensors
         read = tensors.read
 
-        async def read_tensors() -> bytes:
+        async def read_tensors() -> Buffer:
             try:
                 return await read()
             except FileNotFoundError as error:  # it has just been collected
@@ -155,13 +166,18 @@ class AdapterStore:
             raise _unknown(name, version) from error
         return Artifact.manifest_in(version, data)
 
-    async def remove_version(self, name: str, version: str, keep: Callable[[], Awaitable[bool]]) -> bool:
+    async def remove_version(
+        self, name: str, version: str, keep: Callable[[], Awaitable[bool]], *, min_age: timedelta = timedelta(0)
+    ) -> bool:
         """Removes a version unless `keep` says, once it can no longer be released, that it has been.
 
-        False where it was kept.
+        False where it was kept, also because it has been uploaded again within `min_age`.
         """
         manifest_key, tensors_key = (f"{_version_key(name, version)}/{file}" for file in (MANIFEST, TENSORS))
         manifest, tensors = await self._if_there(manifest_key), await self._if_there(tensors_key)
+        stored_at = await self._objects.modified_at(manifest_key)
+        if stored_at is not None and datetime.now(UTC) - stored_at < min_age:
+            return False
         kept = True
         try:
             await self._objects.delete(manifest_key)  # first: from here on, the version is not there
@@ -215,7 +231,7 @@ class AdapterStore:
         return await self.get_release(name, numbers[-1]) if numbers else known
 
     async def history(self, name: str, *, before: int | None = None, limit: int = 100) -> list[Release]:
-        """Releases, the latest first. Raises UnknownAdapter for a name without any."""
+        """Releases, the latest first. Raises UnknownAdapter where there is none, CorruptVersion for a damaged one."""
         numbers = await self.releases(name)
         if not numbers:
             raise UnknownAdapter(f"adapter {name!r} was never released", param="adapter")
@@ -250,10 +266,13 @@ class AdapterStore:
         try:
             await self._check_versions(name, plan, patience=PATIENCE_SECONDS)
         except UnknownVersion:
-            before = await self.get_release(name, last) if last else None
-            back = before.plan if before else DELETED
-            await self.release(name, back, by=by, note=f"a version of release {release.number} was removed meanwhile")
+            before = await self._readable(name, last) if last else None
+            reason = f"a version of release {release.number} was removed meanwhile"
+            with suppress(AdapterdError):  # somebody else has made a release since
+                await self.release(name, before.plan if before else DELETED, by=by, note=reason, after=release.number)
             raise
+        except StoreUnavailable:
+            log.warning("a release could not be looked at again", adapter=name, release=release.number)
         return release
 
     async def _check_versions(self, name: str, plan: Plan, *, patience: float = 0.0) -> None:
@@ -274,21 +293,22 @@ class AdapterStore:
 
     async def delete(self, name: str, *, by: str, note: str = "", after: int | None = None) -> Release:
         """A release without traffic; versions and history stay. Raises UnknownAdapter where nothing serves."""
-        current = await self.current(name)
-        if current is None or current.deleted:
+        numbers = await self.releases(name)
+        last = await self._readable(name, numbers[-1]) if numbers else None
+        if not numbers or (last is not None and last.deleted):
             raise UnknownAdapter(f"no adapter {name!r} serves", param="adapter")
-        return await self.release(name, DELETED, by=by, note=note, after=current.number if after is None else after)
+        return await self.release(name, DELETED, by=by, note=note, after=numbers[-1] if after is None else after)
 
     async def rollback(
         self, name: str, *, to: int | None = None, by: str, note: str = "", after: int | None = None
     ) -> Release:
         """Makes a release that serves what an earlier one did; see rollback_target."""
-        current, target = await self.rollback_target(name, to)
-        follows = current.number if after is None else after
+        last, target = await self.rollback_target(name, to)
+        follows = last if after is None else after
         return await self.release(name, target.plan, by=by, note=note, after=follows, restores=target.number)
 
-    async def rollback_target(self, name: str, to: int | None = None) -> tuple[Release, Release]:
-        """The release that is the last one now, and the one to go back to: `to`, or what served before this one.
+    async def rollback_target(self, name: str, to: int | None = None) -> tuple[int, Release]:
+        """The number of the last release, and the one to go back to: `to`, or what served before.
 
         Rolling back again goes further back; deletions are passed over. Raises UnknownAdapter for a name or a number
         that was never released, Conflict where there is nothing to go back to.
@@ -296,8 +316,9 @@ class AdapterStore:
         numbers = await self.releases(name)
         if not numbers:
             raise UnknownAdapter(f"adapter {name!r} was never released", param="adapter")
-        current = await self.get_release(name, numbers[-1])
-        target = await (self._before(name, current, numbers) if to is None else self.get_release(name, to))
+        if to is not None and to not in numbers:
+            raise UnknownAdapter(f"adapter {name!r} has no release {to}", param="release")
+        target = await (self._before(name, numbers) if to is None else self.get_release(name, to))
         if target is None or target.deleted:
             raise Conflict(
                 f"release {to} of adapter {name!r} is a deletion; delete the adapter instead"
@@ -306,18 +327,28 @@ class AdapterStore:
                 param="to",
                 code="nothing_to_roll_back_to",
             )
-        return current, target
+        return numbers[-1], target
 
-    async def _before(self, name: str, current: Release, numbers: list[int]) -> Release | None:
-        """The last release before what `current` stands for that served something else."""
+    async def _before(self, name: str, numbers: list[int]) -> Release | None:
+        """The last release, before what the very last one stands for, that served something else."""
+        current = await self._readable(name, numbers[-1])
         origin = current
-        while origin.restores is not None:
-            origin = await self.get_release(name, origin.restores)
-        for number in reversed([number for number in numbers if number < origin.number]):
-            release = await self.get_release(name, number)
-            if not release.deleted and release.plan != current.plan:
+        while origin is not None and origin.restores is not None:
+            origin = await self._readable(name, origin.restores)
+        limit = origin.number if origin else numbers[-1]
+        for number in reversed([number for number in numbers if number < limit]):
+            release = await self._readable(name, number)
+            if release and not release.deleted and (current is None or release.plan != current.plan):
                 return release
         return None
+
+    async def _readable(self, name: str, number: int) -> Release | None:
+        """A release, unless it is damaged: that must not stand in the way of the others."""
+        try:
+            return await self.get_release(name, number)
+        except CorruptVersion as error:
+            log.error("passed over", adapter=name, error=error.message)
+            return None
 
     # ---------------------------------------------------------------------------------------------------------- pins
 

@@ -1,7 +1,7 @@
 """A whole adapter: a method's weights and a task's head. Serving and training both build it here."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -9,7 +9,17 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from server.adapters import METHODS
-from server.adapters.base import AdapterWeights, Framing, Host, Method, MethodConfig, Part, check_tensors, memory
+from server.adapters.base import (
+    AdapterWeights,
+    Framing,
+    Host,
+    Method,
+    MethodConfig,
+    Part,
+    check_tensors,
+    compacted,
+    memory,
+)
 from server.core import BackboneSpec, SiteKind
 from server.errors import InvalidAdapter
 from server.tasks import TASKS
@@ -30,6 +40,14 @@ class TaskAdapter:
     labels: tuple[str, ...]
     nbytes: int
     """Memory that it holds."""
+
+    def compact(self) -> "TaskAdapter":
+        """The same in one piece of memory; see base.compacted."""
+        sites = [part.sites for part in self.weights.parts]
+        sites, head = compacted((sites, self.head))
+        parts = tuple(replace(part, sites=own) for part, own in zip(self.weights.parts, sites, strict=True))
+        nbytes = memory((sites, head))
+        return replace(self, weights=replace(self.weights, parts=parts, nbytes=nbytes), head=head, nbytes=nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +114,14 @@ class Blueprint:
         shapes = {name: shape for part in self.parts for name, shape in part.shapes(self.spec).items()}
         return shapes | self.task.shapes(self.head, self.labels, self.spec)
 
-    def check_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Refuses any tensor that is missing, unused, misshapen or not finite, by its name."""
-        check_tensors(tensors, self.shapes())
+    def labelled(self, labels: Sequence[str]) -> "Blueprint":
+        """The same with other labels. Raises InvalidAdapter where those make no sense."""
+        self.task.check(self.head, labels, self.spec)
+        return replace(self, labels=tuple(labels))
+
+    def check_tensors(self, tensors: Mapping[str, Tensor], *, finite: bool = False) -> None:
+        """Refuses any tensor that is missing, unused, misshapen or not finite, by its name; see base.check_tensors."""
+        check_tensors(tensors, self.shapes(), finite=finite)
 
     def init(self, host: Host, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh float32 tensors for training."""

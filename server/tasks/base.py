@@ -28,7 +28,10 @@ class Task(ABC, Generic[ConfigT, HeadT]):
 
     @abstractmethod
     def check(self, config: ConfigT, labels: Sequence[str], spec: BackboneSpec) -> None:
-        """Raises InvalidAdapter where this backbone cannot carry such a head, or the labels make no sense."""
+        """Raises InvalidAdapter where this backbone cannot carry such a head, or the labels make no sense.
+
+        Also asked with as many made-up labels, for what depends on their number alone.
+        """
 
     @abstractmethod
     def shapes(self, config: ConfigT, labels: Sequence[str], spec: BackboneSpec) -> dict[str, tuple[int, ...]]:

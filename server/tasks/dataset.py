@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from server.errors import InvalidRequest
+from server.errors import InvalidRequest, TooLarge
 
 
 def _not_blank(text: str) -> str:
@@ -47,11 +47,15 @@ def read_dataset(path: Path, known: Collection[str] | None = None) -> Dataset:
     return parse_dataset(data, str(path), known)
 
 
-def parse_dataset(data: bytes, source: str, known: Collection[str] | None = None) -> Dataset:
+def parse_dataset(
+    data: bytes, source: str, known: Collection[str] | None = None, max_rows: int | None = None
+) -> Dataset:
     """Rows `{"text": ..., "label": ...}`; other fields and blank lines are skipped.
 
-    Raises InvalidRequest naming the `source` and the line, also for a label that is not among the `known` ones.
+    Raises InvalidRequest naming the `source` and the line, also for a label that is not among the `known` ones;
+    TooLarge for more than `max_rows`.
     """
+    names = None if known is None else frozenset(known)
     rows: list[_Row] = []
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
@@ -60,8 +64,10 @@ def parse_dataset(data: bytes, source: str, known: Collection[str] | None = None
             row = _Row.model_validate_json(line)
         except ValidationError as error:
             raise _invalid(source, number, _reason(error)) from error
-        if known is not None and row.label not in known:
+        if known is not None and names is not None and row.label not in names:
             raise _invalid(source, number, f"label {row.label!r} is none of {', '.join(known)}")
+        if max_rows is not None and len(rows) == max_rows:
+            raise TooLarge(f"{source}: more than {max_rows} rows", param=source)
         rows.append(row)
     if not rows:
         raise InvalidRequest(f"{source}: no rows", param=source)
