@@ -219,7 +219,7 @@ async def load(server: Server, versions: dict[str, str], budget: int, options: a
     """The figures of the server under load."""
     names = list(versions)
     random.Random(3).shuffle(names)  # so that popularity has nothing to do with the order in the store
-    texts = [json.dumps(text).encode() for text in make_texts(TEXTS)]
+    texts = [json.dumps(text).encode() for text in make_texts(TEXTS, median=options.median_tokens)]
     checker = Answers(versions)
     one = Traffic(cycle(names[:1]), cycle(texts))
     many = Traffic(zipf(names, seed=4), cycle(texts))
@@ -341,6 +341,7 @@ def measure(folder: Path, store: Path, options: argparse.Namespace) -> dict[str,
     return {
         "adapters": options.adapters,
         "clients": options.clients,
+        "median_tokens": options.median_tokens,
         "bytes_of_one": one,
         **figures,
         "startup_ratio": ready["all"] / ready["few"],
@@ -359,6 +360,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0, help="of saturated load by Zipf's law")
     parser.add_argument("--slices", type=int, default=6, help="into which the seconds are cut")
+    parser.add_argument("--median-tokens", type=float, default=15.0, help="of the texts, which have at most 128")
     parser.add_argument("--load", type=float, default=0.7, help="share of the saturated throughput, for cold latency")
     parser.add_argument("--starts", type=int, default=5)
     options = parser.parse_args()

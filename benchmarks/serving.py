@@ -8,6 +8,7 @@ Linux only: memory and processor time come from /proc.
 import asyncio
 import gc
 import json
+import math
 import os
 import random
 import socket
@@ -272,12 +273,18 @@ def percentile_ms(answers: Sequence[Answered], percent: float) -> float:
 # --------------------------------------------------------------------------------------------------- texts and adapters
 
 
-def make_texts(count: int, seed: int = 0) -> list[str]:
-    """Texts of real words, with lengths as traffic has them: mostly short, some long; median 15 tokens."""
+def make_texts(count: int, seed: int = 0, median: float = 15.0) -> list[str]:
+    """Texts of real words, with lengths as traffic has them: mostly short, some long; `median` in tokens."""
     vocabulary = AutoTokenizer.from_pretrained(resolve(BACKBONE)).get_vocab()
     words = sorted(word for word in vocabulary if word.isascii() and word.isalpha())  # whole words, one token each
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.empty(count).log_normal_(2.7, 0.8, generator=generator).long().clamp(SHORTEST, LONGEST).tolist()
+    lengths = (
+        torch.empty(count)
+        .log_normal_(math.log(median), 0.8, generator=generator)
+        .long()
+        .clamp(SHORTEST, LONGEST)
+        .tolist()
+    )
     chooser = random.Random(seed)
     return [" ".join(chooser.choices(words, k=length - 2)) for length in lengths]  # two tokens are special ones
 

@@ -90,6 +90,7 @@ class Residency:
             adapter = self._device.get(version)
             if adapter is not None:  # the same bytes, under another name or from an upload before
                 yield adapter
+                self._failures.clear((name, version))
                 return
             async with self._device.claim(checked.estimate) as claim:
                 adapter = await self._loader.place(checked)
@@ -149,9 +150,8 @@ class Residency:
         opened = await self._loader.open(name, version)
         # Until its bytes are here it takes nobody's place: they may be long in coming, or never come.
         if self._host is None:
-            async with self._reading.claim(
-                min(2 * opened.size, self._reading.max_bytes)
-            ):  # the file, and what it becomes
+            both = 2 * opened.size  # the file, and what it becomes
+            async with self._reading.claim(min(both, self._reading.max_bytes)):
                 checked, adapter = await self._loader.bring(name, opened)
                 return await self._settle(name, version, checked, adapter)
         async with self._reading.claim(min(opened.size, self._reading.max_bytes)):
