@@ -669,7 +669,7 @@ def test_a_bar_is_drawn_where_somebody_sees_it(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("TERM", "xterm")
     for terminal in (True, False):
         stream = io.StringIO()
-        stream.isatty = lambda terminal=terminal: terminal  # type: ignore[method-assign]
+        stream.isatty = lambda terminal=terminal: terminal
         monkeypatch.setattr(sys, "stderr", stream)
         with tables.watch_upload(100) as told:
             told(60)

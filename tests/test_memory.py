@@ -205,12 +205,12 @@ def test_failures_are_remembered_with_growing_pauses() -> None:
         assert isinstance(error, StoreUnavailable)
         assert (error.message, error.param, error.retry_after) == ("gone", "x", pause)
         clock.now += pause - 0.25
-        assert failures.recent("a").retry_after == 1  # type: ignore[union-attr]
+        assert failures.recent("a").retry_after == 1
         clock.now += 0.25
         assert failures.recent("a") is None
     failures.clear("a")
     failures.note("a", StoreUnavailable("gone"))
-    assert failures.recent("a").retry_after == 1  # type: ignore[union-attr]
+    assert failures.recent("a").retry_after == 1
     assert failures.recent("b") is None
 
 

@@ -124,7 +124,7 @@ def test_the_golden_sample_is_in_the_report(client: TestClient, bert: Backbone) 
 
 
 async def outputs(client: TestClient, name: str, version: str) -> list[list[float]]:
-    engine: Any = client.app.state.engine  # type: ignore[attr-defined]
+    engine: Any = client.app.state.engine
     adapter = engine._residency._device.get(version)
     return list(
         await engine._pipeline.run(await engine._pipeline.encode(TEXTS, adapter, truncate=True), adapter, raw=True)
@@ -327,8 +327,12 @@ def test_rolling_back_a_canary_restores_its_shares(client: TestClient, bert: Bac
 
 
 def shadowed(client: TestClient) -> dict[str, float]:
-    engine: Any = client.app.state.engine  # type: ignore[attr-defined]
-    client.portal.call(engine._shadows.drain)  # type: ignore[union-attr]
+    engine: Any = client.app.state.engine
+
+    async def all_compared() -> None:
+        await asyncio.gather(*engine._shadows._waiting)
+
+    client.portal.call(all_compared)
     return series(client, "adapterd_shadow_texts_total")
 
 
@@ -491,8 +495,8 @@ def test_pinned_adapters_stay_in_memory(bert: Backbone, store: AdapterStore) -> 
         assert client.get(f"{ADMIN}/a0").json()["resident"]
         assert client.get(f"{ADMIN}/a0").json()["version"] == version
     with TestClient(create_app(settings, backbone=bert, store=store)) as client:  # before anybody asks
-        engine: Any = client.app.state.engine  # type: ignore[attr-defined]
-        client.portal.call(engine._pins.refresh)  # type: ignore[union-attr]
+        engine: Any = client.app.state.engine
+        client.portal.call(engine._pins.refresh)
         listed = {one["name"]: one["resident"] for one in client.get(ADMIN).json()["adapters"]}
         assert [name for name, resident in listed.items() if resident] == ["a0", "a1", "a2"]
         assert client.delete(f"{ADMIN}/a0/pin").json() == {"adapter": "a0", "pinned": False}
@@ -644,7 +648,7 @@ def test_verifying_counts_against_the_memory(bert: Backbone, store: AdapterStore
     small = Settings(host_memory_bytes=nbytes, memory_wait_seconds=0.01)
     with TestClient(create_app(small, backbone=bert, store=store), raise_server_exceptions=False) as client:
         assert client.post(f"{ADMIN}/x/verify").status_code == 200
-        engine: Any = client.app.state.engine  # type: ignore[attr-defined]
+        engine: Any = client.app.state.engine
         [version] = client.get(f"{ADMIN}/x").json()["traffic"]
         with engine._residency._device.held(version):
             assert serving(client) == version

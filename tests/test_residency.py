@@ -21,7 +21,7 @@ FILE_BYTES = 150
 
 
 def adapter(nbytes: int = NBYTES) -> TaskAdapter:
-    return TaskAdapter(AdapterWeights(()), None, None, ("a", "b"), nbytes)  # type: ignore[arg-type]
+    return TaskAdapter(AdapterWeights(()), None, None, ("a", "b"), nbytes)
 
 
 class Source:
@@ -40,11 +40,11 @@ class Source:
             await self.gates[version].wait()
         if version in self.failing:
             raise self.failing[version]
-        return OpenedVersion(version, b"", FILE_BYTES, None)  # type: ignore[arg-type]
+        return OpenedVersion(version, b"", FILE_BYTES, None)
 
     async def check(self, name: str, opened: OpenedVersion) -> Checked:
         self.checked[opened.version] += 1
-        return Checked(None, True, None, {}, nbytes=FILE_BYTES, estimate=NBYTES)  # type: ignore[arg-type]
+        return Checked(None, True, None, {}, nbytes=FILE_BYTES, estimate=NBYTES)
 
     async def bring(self, name: str, opened: OpenedVersion) -> tuple[Checked, TaskAdapter]:
         checked = await self.check(name, opened)
@@ -76,7 +76,7 @@ class Setting:
         self.device = Memory[TaskAdapter]("device", max_bytes, **wait)
         self.host = Memory[Checked]("host", host_bytes, **wait) if host_bytes is not None else None
         self.residency = Residency(
-            self.source,  # type: ignore[arg-type]
+            self.source,
             device=self.device,
             host=self.host,
             reading=Memory[None]("reading", 10 * FILE_BYTES, **wait),
@@ -258,7 +258,7 @@ def test_a_small_host_memory_costs_reads() -> None:
 def test_a_newcomer_stays_unless_it_is_refused() -> None:
     async def run() -> None:
         one = Setting(2 * NBYTES)
-        checked = await one.source.check("name", OpenedVersion("new", b"", FILE_BYTES, None))  # type: ignore[arg-type]
+        checked = await one.source.check("name", OpenedVersion("new", b"", FILE_BYTES, None))
         with pytest.raises(RuntimeError):
             async with one.residency.newcomer("name", "new", checked):
                 raise RuntimeError
@@ -310,7 +310,7 @@ def test_on_a_device_what_never_fits_drives_nobody_out() -> None:
         async def large(name: str, opened: OpenedVersion) -> Checked:
             return replace(await check(name, opened), estimate=100 * NBYTES)
 
-        one.source.check = large  # type: ignore[method-assign]
+        one.source.check = large
         with pytest.raises(OverBudget):
             await one.use("large")
         assert all(version in one.residency for version in ("v1", "v2", "v3"))

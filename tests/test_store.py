@@ -1867,7 +1867,7 @@ def test_what_is_uploaded_again_while_garbage_is_collected_stays(memory_store: S
         async def versions(name: str) -> list[StoredVersion]:
             return [replace(one, stored_at=datetime(2000, 1, 1, tzinfo=UTC)) for one in listed]
 
-        store.versions = versions  # type: ignore[method-assign]
+        store.versions = versions
         return [one async for one in collect(store, min_age=timedelta(hours=1))]
 
     assert asyncio.run(again()) == []

@@ -71,17 +71,13 @@ def rounded_up(rows: int, steps: int) -> int:
     return -(-rows // step) * step
 
 
-def _others(ranks: Sequence[int], flow: Flow) -> Tensor:
-    """[rows, columns]: True where a column of the joined adapters belongs to another adapter than the row."""
-    owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-    return flow.owners[:, None] != owners.to(flow.y.device, non_blocking=True)[None, :]
-
-
 def others(ranks: Sequence[int], flow: Flow) -> Tensor:
     """[rows, columns]: True where a column of the joined adapters belongs to another adapter than the row."""
     key = (tuple(ranks), flow.lengths)
     if key not in flow.shared:
-        flow.shared[key] = _others(ranks, flow)
+        owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
+        owners = owners.to(flow.y.device, non_blocking=True)
+        flow.shared[key] = flow.owners[:, None] != owners[None, :]
     return flow.shared[key]
 
 
@@ -172,8 +168,7 @@ def _foreign(ranks: Sequence[int], part: Flow, first: int, height: int, unused: 
     key = ("foreign", tuple(ranks), part.lengths, part.start, first, height)
     if key not in part.shared:
         before, after = part.start - first, first + height - part.start - part.y.shape[0]
-        mask = F.pad(_others(ranks, part), (0, unused, before, after), value=True)
-        part.shared[key] = mask
+        part.shared[key] = F.pad(others(ranks, part), (0, unused, before, after), value=True)
     return part.shared[key]
 
 

@@ -50,10 +50,6 @@ class Shadows:
         self._waiting.add(task)
         task.add_done_callback(self._waiting.discard)
 
-    async def drain(self) -> None:
-        """Waits for what is under way."""
-        await asyncio.gather(*self._waiting)
-
     def stop(self) -> None:
         """Gives up what is under way."""
         for task in self._waiting:
