@@ -1,8 +1,9 @@
 """The nouns of adapterd. Plain data, no torch: everything else may import this, and this imports nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 
 class SiteKind(StrEnum):
@@ -142,13 +143,47 @@ def is_target(path: str, target: str) -> bool:
     return path == target or path.endswith(f".{target}")
 
 
+Span = tuple[int, int]
+"""A piece of a text or of a list: its first place, and one past its last."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextInput:
+    """One input of a request."""
+
+    text: str
+    """Of a question to a text: the question."""
+    pair: str | None = None
+    """A second text: the hypothesis to a premise, the text that a question is about."""
+    spans: tuple[Span, ...] = ()
+    """Marked pieces of `text`, in characters."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alignment:
+    """Where the tokens of an encoding come from; one entry per token."""
+
+    parts: tuple[int | None, ...]
+    """0: the text, 1: its pair, None: a special token."""
+    offsets: tuple[Span, ...]
+    """Characters of that part."""
+    words: tuple[int | None, ...]
+    """Which word of that part, as the tokenizer splits it before it looks words up; None: a special token."""
+    skipped: int = 0
+    """Tokens of the last part that come before this window."""
+
+
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """One tokenized text."""
+    """One tokenized input, or a window of it."""
 
     ids: tuple[int, ...]
     type_ids: tuple[int, ...]
     truncated: bool
+    spans: tuple[Span, ...] = ()
+    """Tokens of the input's marked spans."""
+    alignment: Alignment | None = None
+    """Where it was asked for."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -166,10 +201,45 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class LabelScore:
-    """One label and its probability."""
+    """One label and its score: a probability, or the value that was measured."""
 
     label: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class LabelDecision:
+    """One label of several that a text may have, its probability, and whether that is enough."""
+
+    label: str
+    score: float
+    above: bool
+    """Whether the score reaches the label's threshold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """A piece of a text and its label."""
+
+    label: str
+    score: float
+    start: int
+    """First character."""
+    end: int
+    """One past the last character."""
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerSpan:
+    """A piece of the context that answers a question; an empty one if there is no answer in it."""
+
+    text: str
+    score: float
+    start: int
+    """First character of the context."""
+    end: int
+    """One past the last character."""
 
 
 def check_text(text: str) -> str:
@@ -181,19 +251,118 @@ def check_text(text: str) -> str:
     return text
 
 
-Prediction = list[LabelScore]
-"""The labels of one text, best first."""
+class Route(StrEnum):
+    """The routes of tasks, each with answers of one form."""
+
+    CLASSIFY = "classify"
+    TAG = "tag"
+    ANSWER = "answer"
+    EMBED = "embed"
+
+    @property
+    def path(self) -> str:
+        """Where it is reached over HTTP."""
+        return f"/{self}"
+
+
+class Activation(StrEnum):
+    """How logits become scores."""
+
+    SOFTMAX = "softmax"
+    SIGMOID = "sigmoid"
+    NONE = "none"
+
+
+class Aggregation(StrEnum):
+    """How tokens become entities, with the names of transformers' token classification."""
+
+    NONE = "none"
+    """Each token is one, with the label as it is; also those outside of entities."""
+    SIMPLE = "simple"
+    """Neighbouring tokens of one entity are joined."""
+    FIRST = "first"
+    """The same by words: a word has the label of its first token."""
+    AVERAGE = "average"
+    """By words: the label that is likeliest on average over the word's tokens."""
+    MAX = "max"
+    """By words: the label of the token that is surest."""
+
+
+class WindowPooling(StrEnum):
+    """How the windows of a long text become one answer."""
+
+    MEAN = "mean"
+    MAX = "max"
 
 
 @dataclass(frozen=True, slots=True)
-class ClassifyRequest:
-    """Texts to classify with one adapter."""
+class ClassifyOptions:
+    """What is wanted of /classify."""
 
-    adapter: str
-    inputs: tuple[str, ...]
-    truncate: bool = True
     top_k: int | None = None
     """Labels wanted of each text, the best ones; all of them if None."""
+    activation: Activation | None = None
+    """In place of the task's own."""
+    threshold: float | None = None
+    """In place of the labels' own, where a text may have several."""
+
+
+@dataclass(frozen=True, slots=True)
+class TagOptions:
+    """What is wanted of /tag."""
+
+    aggregation: Aggregation = Aggregation.SIMPLE
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerOptions:
+    """What is wanted of /answer."""
+
+    top_k: int = 1
+    """Answers wanted, the best ones."""
+    max_answer_tokens: int = 15
+    """Longest answer."""
+    no_answer: bool = False
+    """Whether the text may be said to have no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedOptions:
+    """What is wanted of /embed."""
+
+    normalize: bool | None = None
+    """Whether vectors have length 1; the adapter knows if None."""
+    dimensions: int | None = None
+    """Only so many of the first numbers."""
+
+
+Options = ClassifyOptions | TagOptions | AnswerOptions | EmbedOptions
+
+ClassifyPrediction = list[LabelScore] | list[LabelDecision]
+"""The labels of one text, best first."""
+
+Prediction = ClassifyPrediction | list[Entity] | list[AnswerSpan] | list[float]
+"""The answer to one input; a vector is one of /embed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Long:
+    """Texts that are too long for the backbone are run in windows that overlap."""
+
+    pooling: WindowPooling = WindowPooling.MEAN
+
+
+@dataclass(frozen=True, slots=True)
+class TaskRequest:
+    """Inputs for some adapters, each of which answers all of them."""
+
+    route: Route
+    adapters: tuple[str, ...]
+    """None at all: the backbone alone, where the route can do without."""
+    inputs: tuple[TextInput, ...]
+    options: Options
+    truncate: bool = True
+    long: Long | None = None
     version: str | None = None
     """The version to answer, whatever is released; else one that the last release names."""
     routing_key: str = ""
@@ -201,12 +370,15 @@ class ClassifyRequest:
 
 
 @dataclass(frozen=True, slots=True)
-class Classification:
-    """The answer to a ClassifyRequest: one prediction per input, in order."""
+class TaskAnswer:
+    """What one adapter says: one prediction per input, in order."""
 
-    ref: AdapterRef
+    ref: AdapterRef | None
+    """None: the backbone alone."""
     backbone: str
-    predictions: list[Prediction]
+    predictions: Sequence[Any]
     tokens: int
     truncated: list[int]
     """Indices of the inputs that were cut to the backbone's length."""
+    windows: list[list[Span]] | None
+    """Of each input, the characters of each window; None where no windows were asked for."""

@@ -1,18 +1,23 @@
 """Texts to token ids, safely from several threads at once."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tokenizers import Encoding as RawEncoding
 from tokenizers import Tokenizer as FastTokenizer
 from transformers import AutoTokenizer
 
-from server.core import Encoding
+from server.core import Alignment, Encoding, Span, TextInput
 from server.errors import BackboneError, InvalidRequest, TooLarge
 
 PREFIX_CHARACTERS = 40
 """Characters per token of the backbone's length that are tried first of a text which will be cut. A megabyte of text
 takes seconds and hundreds of megabytes to tokenize, to keep a few hundred tokens of it."""
+
+SHORTEST_WINDOW = 8
+"""Tokens of a text that a window has room for, at least."""
+
+TOO_LONG = "text_too_long"
 
 
 class Tokenizer:
@@ -28,7 +33,7 @@ class Tokenizer:
         fast.no_truncation()
         self._fast = fast
         self.max_tokens = max_tokens
-        self._room = max_tokens - fast.num_special_tokens_to_add(is_pair=False)
+        self._special = (fast.num_special_tokens_to_add(is_pair=False), fast.num_special_tokens_to_add(is_pair=True))
 
     @classmethod
     def load(cls, source: str, max_tokens: int) -> "Tokenizer":
@@ -44,36 +49,109 @@ class Tokenizer:
             raise BackboneError(f"no tokenizer can be loaded from {source!r}: it has no vocabulary")
         return cls(fast, min(max_tokens, loaded.model_max_length))
 
-    def encode(self, texts: Sequence[str], *, truncate: bool, reserved: int = 0) -> list[Encoding]:
-        """Token ids with special tokens. Where a text is too long it is cut, or TooLarge names its index.
+    def encode(
+        self, texts: Sequence[str | TextInput], *, truncate: bool, reserved: int = 0, aligned: bool = False
+    ) -> list[Encoding]:
+        """Token ids with special tokens. Where an input is too long it is cut, or TooLarge names its index.
 
-        `reserved` positions are not the text's: its adapter takes them.
+        Of a pair, the longer text is cut first, as transformers does. `reserved` positions are not the text's: its
+        adapter takes them. With `aligned`, encodings say where their tokens come from.
 
-        A text that comes to no token at all, as an empty one does where the tokenizer adds no special tokens, is an
-        InvalidRequest.
+        An input that comes to no token at all, as an empty one does where the tokenizer adds no special tokens, is an
+        InvalidRequest, and so is a marked span without a token.
         """
         encodings = []
-        room = self._room - reserved
-        for index, raw in enumerate(self._raw(texts, truncate)):
-            truncated = len(raw.ids) > room
+        for index, (text, parts) in enumerate(self._parts(texts, truncate)):
+            room = self._room(parts) - reserved
+            lengths = [len(part.ids) for part in parts]
+            truncated = sum(lengths) > room
             if truncated:
                 if not truncate:
-                    special = self.max_tokens - self._room
-                    raise TooLarge(
-                        f"the text has {len(raw.ids) + special} tokens, {self._taker(reserved)} {room + special}; "
-                        "shorten it or send truncate: true",
-                        param=f"inputs.{index}",
-                        code="text_too_long",
-                    )
-                raw.truncate(room)
-            whole = self._fast.post_process(raw)
-            if not whole.ids:
-                raise InvalidRequest("the text has no tokens", param=f"inputs.{index}")
-            encodings.append(Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated))
+                    raise self._too_long(index, sum(lengths), room, parts, reserved)
+                for part, kept in zip(parts, longest_first(lengths, room), strict=True):
+                    part.truncate(kept)
+            encodings.append(self._finished(index, text, parts, truncated=truncated, aligned=aligned))
         return encodings
 
-    def _taker(self, reserved: int) -> str:
-        return "the backbone with this adapter takes" if reserved else "the backbone takes"
+    def windows(
+        self, texts: Sequence[str | TextInput], *, overlap: int, max_windows: int, reserved: int = 0
+    ) -> list[list[Encoding]]:
+        """Whole inputs, aligned, in as many windows as each takes; neighbours share `overlap` tokens.
+
+        Of a pair, each window holds the whole first text and a piece of the second. Raises TooLarge where more than
+        `max_windows` come of an input, or its first text leaves no room.
+        """
+        encodings = []
+        for index, (text, parts) in enumerate(self._parts(texts, truncate=False)):
+            *fixed, last = parts
+            room = self._room(parts) - reserved - sum(len(part.ids) for part in fixed)
+            if room < SHORTEST_WINDOW:
+                raise TooLarge(
+                    f"the first text leaves {max(room, 0)} tokens for the second",
+                    param=f"inputs.{index}",
+                    code=TOO_LONG,
+                )
+            shared = min(overlap, room // 2)
+            length = len(last.ids)
+            count = 1 + max(0, -(-(length - room) // (room - shared)))
+            if count > max_windows:
+                raise TooLarge(
+                    f"the text has {length} tokens, which makes {count} windows; at most {max_windows} are run",
+                    param=f"inputs.{index}",
+                    code=TOO_LONG,
+                )
+            if count > 1:
+                last.truncate(room, stride=shared)
+            encodings.append(
+                [
+                    self._finished(index, text, [*fixed, piece], aligned=True, skipped=number * (room - shared))
+                    for number, piece in enumerate([last, *last.overflowing])
+                ]
+            )
+        return encodings
+
+    def _room(self, parts: Sequence[RawEncoding]) -> int:
+        return self.max_tokens - self._special[len(parts) - 1]
+
+    def _too_long(self, index: int, length: int, room: int, parts: Sequence[RawEncoding], reserved: int) -> TooLarge:
+        special = self._special[len(parts) - 1]
+        taker = "the backbone with this adapter takes" if reserved else "the backbone takes"
+        return TooLarge(
+            f"the text has {length + special} tokens, {taker} {room + special}; shorten it or send truncate: true",
+            param=f"inputs.{index}",
+            code=TOO_LONG,
+        )
+
+    def _finished(
+        self,
+        index: int,
+        text: TextInput,
+        parts: Sequence[RawEncoding],
+        *,
+        truncated: bool = False,
+        aligned: bool,
+        skipped: int = 0,
+    ) -> Encoding:
+        """With special tokens."""
+        first, pair = parts[0], parts[1] if len(parts) > 1 else None
+        whole = self._fast.post_process(first, pair)
+        if not whole.ids:
+            raise InvalidRequest("the text has no tokens", param=f"inputs.{index}")
+        alignment = None
+        if aligned:
+            places = tuple(whole.sequence_ids), tuple(whole.offsets), tuple(whole.word_ids)
+            alignment = Alignment(*places, skipped=skipped)
+        spans = tuple(_tokens(whole, index, number, span) for number, span in enumerate(text.spans))
+        return Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated, spans, alignment)
+
+    def _parts(self, texts: Sequence[str | TextInput], truncate: bool) -> Iterator[tuple[TextInput, list[RawEncoding]]]:
+        """The tokens of each input's text and of its pair, if it has one."""
+        inputs = [TextInput(text) if isinstance(text, str) else text for text in texts]
+        firsts = self._raw([text.text for text in inputs], truncate)
+        # transformers' tokenizers and pipelines take an empty second text for none
+        seconds = iter(self._raw([text.pair for text in inputs if text.pair], truncate))
+        for text, first in zip(inputs, firsts, strict=True):
+            yield text, [first, next(seconds)] if text.pair else [first]
 
     def _raw(self, texts: Sequence[str], truncate: bool) -> list[RawEncoding]:
         """Tokens without special ones. Of a long text that will be cut, only the beginning is tokenized if it does."""
@@ -85,3 +163,32 @@ class Tokenizer:
             if len(start) < len(text) and len(raw[index].ids) < 2 * self.max_tokens:
                 raw[index] = self._fast.encode(text, add_special_tokens=False)
         return raw
+
+
+def longest_first(lengths: Sequence[int], room: int) -> list[int]:
+    """What is kept of each of one or two texts: the longer one is cut first, then both alike, down to `room` in all.
+
+    transformers' strategy of that name, as the tokenizers library computes it.
+    """
+    if len(lengths) == 1:
+        return [min(lengths[0], room)]
+    shorter, longer = sorted(lengths)
+    longer = shorter if shorter > room else max(shorter, room - shorter)
+    if shorter + longer > room:
+        shorter = room // 2
+        longer = shorter + room % 2
+    return [longer, shorter] if lengths[0] > lengths[1] else [shorter, longer]
+
+
+def _tokens(whole: RawEncoding, index: int, number: int, span: Span) -> Span:
+    """The tokens of the first text that characters of it lie in."""
+    found = [
+        token
+        for token, (part, (start, end)) in enumerate(zip(whole.sequence_ids, whole.offsets, strict=True))
+        if part == 0 and start < span[1] and end > span[0]
+    ]
+    if not found:
+        raise InvalidRequest(
+            f"characters {span[0]} to {span[1]} hold no token, or are cut off", param=f"inputs.{index}.spans.{number}"
+        )
+    return found[0], found[-1] + 1

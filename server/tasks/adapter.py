@@ -36,6 +36,8 @@ class TaskAdapter:
 
     weights: AdapterWeights
     task: AnyTask
+    config: HeadConfig
+    """The head's options."""
     head: Any
     labels: tuple[str, ...]
     nbytes: int
@@ -139,7 +141,7 @@ class Blueprint:
         }
         weights = AdapterWeights.of(self.parts, placed, host)
         head = self.task.bind(self.head, placed)
-        return TaskAdapter(weights, self.task, head, self.labels, weights.nbytes + memory(head))
+        return TaskAdapter(weights, self.task, self.head, head, self.labels, weights.nbytes + memory(head))
 
 
 def _known(field: str, name: str, table: Mapping[str, T]) -> T:

@@ -1,89 +1,71 @@
-"""Single-label classification of texts: a head on a pooled vector, softmax over the labels."""
+"""Single-label classification of texts and of pairs of texts: a head on a pooled vector, softmax over the labels."""
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from server.adapters.states import TextStates
-from server.core import BackboneSpec, LabelScore, Pooling, Prediction
-from server.errors import InvalidAdapter
-from server.tasks import head as heads
-from server.tasks.base import Task
-from server.tasks.head import Layers, LayersConfig
+from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
+from server.tasks import metrics
+from server.tasks.base import need_labels
+from server.tasks.examples import LabelledText
+from server.tasks.metrics import Report
+from server.tasks.pooled import PooledConfig, TextTask
 
 
-class ClassificationConfig(LayersConfig):
-    """`pooling`: the vector that the head reads."""
-
-    pooling: Pooling = Pooling.MEAN
-
-
-class ClassificationHead(NamedTuple):
-    """What is read, and what is made of it."""
-
-    pooling: Pooling
-    layers: Layers
-
-
-class Classification(Task[ClassificationConfig, ClassificationHead]):
+class Classification(TextTask[PooledConfig, ClassifyOptions, LabelledText]):
     """One label per text."""
 
     name = "classification"
-    Config = ClassificationConfig
-    min_labels = 2
+    route = Route.CLASSIFY
+    options = ClassifyOptions
+    example = LabelledText
+    prediction = list[LabelScore]
+    measured = ClassifyOptions(top_k=1)
+    decisive = {"accuracy": 1, "macro_f1": 1}
 
-    def check(self, config: ClassificationConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
-        """Enough labels, and a pooling that the backbone has."""
-        if len(labels) < self.min_labels:
-            raise InvalidAdapter(
-                f"{self.name} needs at least {self.min_labels} labels, not {len(labels)}",
-                param="labels",
-                code="invalid_labels",
-            )
-        if config.pooling not in spec.poolings:
-            raise InvalidAdapter(
-                f"the head reads the backbone's {config.pooling}, but the checkpoint of backbone {spec.name!r} has "
-                "none, so its answers cannot be reproduced",
-                param="pooling",
-                code="no_pooler",
-            )
+    def check(self, config: PooledConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
+        """At least two labels."""
+        need_labels(self, labels, 2)
+        super().check(config, labels, spec)
 
-    def shapes(
-        self, config: ClassificationConfig, labels: Sequence[str], spec: BackboneSpec
-    ) -> dict[str, tuple[int, ...]]:
-        """The head's layers, the last with one output per label."""
-        return heads.shapes(config, len(labels), spec)
-
-    def init(
-        self, config: ClassificationConfig, labels: Sequence[str], spec: BackboneSpec, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """transformers' start for classifiers."""
-        return heads.init(config, len(labels), spec, generator)
-
-    def bind(self, config: ClassificationConfig, tensors: Mapping[str, Tensor]) -> ClassificationHead:
-        """The tensors as float32."""
-        return ClassificationHead(config.pooling, heads.bind(config, tensors))
-
-    def apply(self, head: ClassificationHead, states: TextStates, start: int, end: int) -> Tensor:
-        """Logits [texts, labels]."""
-        return head.layers(states.pooled(head.pooling)[start:end])
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy; `targets` [texts] are label indices."""
-        return F.cross_entropy(outputs, targets)
-
-    def scores(self, outputs: Tensor) -> Tensor:
-        """Logits [texts, labels] as probabilities."""
-        return outputs.float().softmax(-1)
-
-    def decode(self, outputs: Tensor, labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
+    def decode(
+        self, outputs: Tensor, config: PooledConfig, labels: Sequence[str], options: ClassifyOptions
+    ) -> list[list[LabelScore]]:
         """The labels of each row of [texts, labels], best first; equal scores keep the order of the labels."""
-        scores, order = self.scores(outputs).sort(dim=-1, descending=True, stable=True)
-        scores, order = scores[:, :top_k], order[:, :top_k]
+        scores, order = ranked(activated(outputs, options.activation or Activation.SOFTMAX), options.top_k)
         return [
             [LabelScore(labels[i], score) for i, score in zip(indices, row, strict=True)]
-            for indices, row in zip(order.tolist(), scores.tolist(), strict=True)
+            for indices, row in zip(order, scores, strict=True)
         ]
+
+    def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
+        """Whether the best labels are the same one."""
+        return [score.label for score in one[:1]] == [score.label for score in other[:1]]
+
+    def targets(self, examples: Sequence[LabelledText], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
+        """Label indices [texts]."""
+        index = {label: i for i, label in enumerate(labels)}
+        return torch.tensor([index[example.label] for example in examples])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy."""
+        return F.cross_entropy(outputs, targets)
+
+    def measure(self, examples: Sequence[LabelledText], predictions: Sequence[Sequence[LabelScore]]) -> Report:
+        """`accuracy` and `macro_f1`."""
+        return metrics.single_label([example.label for example in examples], [best[0].label for best in predictions])
+
+
+def activated(outputs: Tensor, activation: Activation) -> Tensor:
+    """Logits [texts, labels] as scores."""
+    if activation is Activation.SOFTMAX:
+        return outputs.float().softmax(-1)
+    return outputs.float().sigmoid() if activation is Activation.SIGMOID else outputs.float()
+
+
+def ranked(scores: Tensor, top_k: int | None) -> tuple[list[list[float]], list[list[int]]]:
+    """The best scores of each row [texts, labels], and whose they are."""
+    values, order = scores.sort(dim=-1, descending=True, stable=True)
+    return values[:, :top_k].tolist(), order[:, :top_k].tolist()

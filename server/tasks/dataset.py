@@ -1,77 +1,69 @@
-"""Labelled texts from JSON Lines files."""
+"""Labelled data from JSON Lines files."""
 
 import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Generic, TypeVar
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
 from server.errors import InvalidRequest, TooLarge
+from server.tasks.examples import Example
 
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("the text is blank")  # a server would refuse it
-    return text
-
-
-class _Row(BaseModel):
-    text: Annotated[str, AfterValidator(_not_blank)]
-    label: str = Field(min_length=1, max_length=256)  # as long as a manifest takes
+ExampleT = TypeVar("ExampleT", bound=Example)
 
 
 @dataclass(frozen=True, slots=True)
-class Dataset:
+class Dataset(Generic[ExampleT]):
     """The rows of one file."""
 
-    texts: tuple[str, ...]
-    labels: tuple[str, ...]
-    """The label of each text."""
+    examples: tuple[ExampleT, ...]
     sha256: str
     """Digest of the file's bytes, hex."""
 
     @property
-    def label_names(self) -> tuple[str, ...]:
-        """The distinct labels, sorted."""
-        return tuple(sorted(set(self.labels)))
+    def texts(self) -> list[str]:
+        """All texts in it."""
+        return [
+            text for row in self.examples for one in row.inputs() for text in (one.text, one.pair) if text is not None
+        ]
 
 
-def read_dataset(path: Path, known: Collection[str] | None = None) -> Dataset:
+def read_dataset(path: Path, row: type[ExampleT], known: Collection[str] | None = None) -> Dataset[ExampleT]:
     """Reads a file; see parse_dataset."""
     try:
         data = path.read_bytes()
     except OSError as error:
         raise InvalidRequest(f"{path}: {error.strerror}", param=str(path)) from error
-    return parse_dataset(data, str(path), known)
+    return parse_dataset(data, str(path), row, known)
 
 
 def parse_dataset(
-    data: bytes, source: str, known: Collection[str] | None = None, max_rows: int | None = None
-) -> Dataset:
-    """Rows `{"text": ..., "label": ...}`; other fields and blank lines are skipped.
+    data: bytes, source: str, row: type[ExampleT], known: Collection[str] | None = None, max_rows: int | None = None
+) -> Dataset[ExampleT]:
+    """Rows of a task, say `{"text": ..., "label": ...}`; other fields and blank lines are skipped.
 
     Raises InvalidRequest naming the `source` and the line, also for a label that is not among the `known` ones;
     TooLarge for more than `max_rows`.
     """
     names = None if known is None else frozenset(known)
-    rows: list[_Row] = []
+    rows: list[ExampleT] = []
     for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            row = _Row.model_validate_json(line)
+            example = row.model_validate_json(line)
         except ValidationError as error:
             raise _invalid(source, number, _reason(error)) from error
-        if known is not None and names is not None and row.label not in names:
-            raise _invalid(source, number, f"label {row.label!r} is none of {', '.join(known)}")
+        if known is not None and names is not None and (other := [one for one in example.names() if one not in names]):
+            raise _invalid(source, number, f"label {other[0]!r} is none of {', '.join(known)}")
         if max_rows is not None and len(rows) == max_rows:
             raise TooLarge(f"{source}: more than {max_rows} rows", param=source)
-        rows.append(row)
+        rows.append(example)
     if not rows:
         raise InvalidRequest(f"{source}: no rows", param=source)
-    return Dataset(tuple(row.text for row in rows), tuple(row.label for row in rows), hashlib.sha256(data).hexdigest())
+    return Dataset(tuple(rows), hashlib.sha256(data).hexdigest())
 
 
 def _invalid(source: str, number: int, reason: str) -> InvalidRequest:

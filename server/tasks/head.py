@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from server.adapters.activations import ACTIVATIONS, ActivationName
-from server.core import BackboneSpec
 
 HEAD = "head/"
 """Prefix of a head's tensors in the neutral artifact."""
@@ -59,9 +58,8 @@ class Layers(NamedTuple):
         return F.linear(states, self.weight, self.bias)
 
 
-def shapes(config: LayersConfig, outputs: int, spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
-    """Artifact tensor name -> shape."""
-    size = spec.hidden_size
+def shapes(config: LayersConfig, outputs: int, size: int) -> dict[str, tuple[int, ...]]:
+    """Artifact tensor name -> shape; the head reads `size` numbers."""
     found: dict[str, tuple[int, ...]] = {}
     for index in range(config.hidden_layers):
         found[hidden_name(index, "weight")] = (size, size)
@@ -75,10 +73,10 @@ def shapes(config: LayersConfig, outputs: int, spec: BackboneSpec) -> dict[str, 
     return found
 
 
-def init(config: LayersConfig, outputs: int, spec: BackboneSpec, generator: torch.Generator) -> dict[str, Tensor]:
+def init(config: LayersConfig, outputs: int, size: int, generator: torch.Generator) -> dict[str, Tensor]:
     """transformers' start for classifiers: normal(0.02) weights, zero biases, norms of one."""
     tensors = {}
-    for name, shape in shapes(config, outputs, spec).items():
+    for name, shape in shapes(config, outputs, size).items():
         tensors[name] = torch.ones(shape) if name.startswith(NORM) else torch.zeros(shape)
         if len(shape) == 2:
             tensors[name].normal_(std=0.02, generator=generator)

@@ -1,65 +1,92 @@
-"""Tagging: a label for each token of a text."""
+"""Tagging: a label for each token of a text, and the entities that they make."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from server.adapters.states import TextStates
-from server.core import BackboneSpec, LabelScore, Prediction
-from server.errors import InvalidAdapter
+from server.core import Aggregation, BackboneSpec, Encoding, Entity, Route, TagOptions, TextInput, WindowPooling
 from server.tasks import head as heads
-from server.tasks.base import Task
+from server.tasks.base import LayeredTask, Window, need_labels, token_layers
+from server.tasks.examples import Example, Label
 from server.tasks.head import Layers, LayersConfig
+from server.tasks.metrics import Report
+
+IGNORED = -100
+"""The target of a token that does not count, as torch has it."""
 
 
-class TaggingConfig(LayersConfig):
-    """The head's layers."""
+class TaggedTokens(Example):
+    """The words of a text, and for each a label: `B-...`, `I-...` or `O`."""
+
+    tokens: tuple[str, ...] = Field(min_length=1)
+    tags: tuple[Label, ...]
+
+    @model_validator(mode="after")
+    def _same_length(self) -> Self:
+        if len(self.tokens) != len(self.tags):
+            raise ValueError(f"{len(self.tokens)} tokens and {len(self.tags)} tags")
+        return self
+
+    def inputs(self) -> tuple[TextInput, ...]:
+        """The words with a space between any two."""
+        return (TextInput(" ".join(self.tokens)),)
+
+    def names(self) -> Collection[str]:
+        """The tags."""
+        return self.tags
 
 
-class Tagging(Task[TaggingConfig, Layers]):
+class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
     """One label per token."""
 
     name = "tagging"
-    classifies = False
-    Config = TaggingConfig
+    route = Route.TAG
+    Config = LayersConfig
+    options = TagOptions
+    example = TaggedTokens
+    prediction = list[Entity]
+    aligned = True
+    measured = TagOptions(Aggregation.NONE)
+    decisive = {"f1": 1}
 
-    def check(self, config: TaggingConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
+    def check(self, config: LayersConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
         """At least two labels."""
-        if len(labels) < 2:
-            raise InvalidAdapter(
-                f"tagging needs at least 2 labels, not {len(labels)}", param="labels", code="invalid_labels"
-            )
+        need_labels(self, labels, 2)
 
-    def shapes(self, config: TaggingConfig, labels: Sequence[str], spec: BackboneSpec) -> dict[str, tuple[int, ...]]:
-        """The head's layers, the last with one output per label."""
-        return heads.shapes(config, len(labels), spec)
-
-    def init(
-        self, config: TaggingConfig, labels: Sequence[str], spec: BackboneSpec, generator: torch.Generator
-    ) -> dict[str, Tensor]:
-        """transformers' start for classifiers."""
-        return heads.init(config, len(labels), spec, generator)
-
-    def bind(self, config: TaggingConfig, tensors: Mapping[str, Tensor]) -> Layers:
+    def bind(self, config: LayersConfig, tensors: Mapping[str, Tensor]) -> Layers:
         """The tensors as float32."""
         return heads.bind(config, tensors)
 
     def apply(self, head: Layers, states: TextStates, start: int, end: int) -> list[Tensor]:
         """Logits [tokens, labels] of each text, of its own tokens alone."""
-        texts = [states.own(index) for index in range(start, end)]
-        lengths = [text.shape[0] for text in texts]
-        return list(torch.split(head(torch.cat(texts).float()), lengths))
+        return token_layers(head, states, start, end)
+
+    def read(
+        self,
+        text: TextInput,
+        windows: Sequence[Window],
+        config: LayersConfig,
+        labels: Sequence[str],
+        options: TagOptions,
+        pooling: WindowPooling,
+    ) -> list[Entity]:
+        raise NotImplementedError
+
+    def agrees(self, one: Sequence[Entity], other: Sequence[Entity]) -> bool:
+        """Whether the entities are the same."""
+        return [(e.label, e.start, e.end) for e in one] == [(e.label, e.start, e.end) for e in other]
+
+    def targets(self, examples: Sequence[TaggedTokens], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
+        raise NotImplementedError
 
     def loss(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Cross entropy over all tokens; `targets` [tokens] are label indices, -100 for tokens that do not count."""
         return F.cross_entropy(torch.cat(list(outputs)), targets)
 
-    def decode(self, outputs: Sequence[Tensor], labels: Sequence[str], top_k: int | None = None) -> list[Prediction]:
-        """The best label of each token, in the text's order. `top_k` means nothing here."""
-        best = [text.float().softmax(-1).max(dim=-1) for text in outputs]
-        return [
-            [LabelScore(labels[i], score) for score, i in zip(scores.tolist(), indices.tolist(), strict=True)]
-            for scores, indices in best
-        ]
+    def measure(self, examples: Sequence[TaggedTokens], predictions: Sequence[Sequence[Entity]]) -> Report:
+        raise NotImplementedError

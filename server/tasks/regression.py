@@ -1,0 +1,79 @@
+"""Regression: numbers that are measured of texts and of pairs of texts, such as how similar two are."""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
+from server.tasks import metrics
+from server.tasks.base import need_labels
+from server.tasks.classification import activated
+from server.tasks.examples import TextExample
+from server.tasks.metrics import Report
+from server.tasks.pooled import PooledConfig, TextTask
+
+LABEL = "score"
+"""The only label of an adapter that is trained on one number."""
+
+AGREEMENT = 0.05
+"""How far two answers may be apart, relative to 1 + their size, and still agree."""
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
+class MeasuredText(TextExample):
+    """A text with one number."""
+
+    label: Number
+
+
+class Regression(TextTask[PooledConfig, ClassifyOptions, MeasuredText]):
+    """One or more numbers per text; a label names each."""
+
+    name = "regression"
+    route = Route.CLASSIFY
+    options = ClassifyOptions
+    example = MeasuredText
+    prediction = list[LabelScore]
+    measured = ClassifyOptions()
+    decisive = {"pearson": 1, "rmse": -1}
+
+    def check(self, config: PooledConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
+        """At least one number."""
+        need_labels(self, labels, 1)
+        super().check(config, labels, spec)
+
+    def decode(
+        self, outputs: Tensor, config: PooledConfig, labels: Sequence[str], options: ClassifyOptions
+    ) -> list[list[LabelScore]]:
+        """The numbers of each row of [texts, labels], in the order of the labels."""
+        values = activated(outputs, options.activation or Activation.NONE)[:, : options.top_k].tolist()
+        return [[LabelScore(label, value) for label, value in zip(labels, row, strict=False)] for row in values]
+
+    def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
+        """Whether all numbers are close."""
+        return all(
+            abs(a.score - b.score) <= AGREEMENT * (1 + max(abs(a.score), abs(b.score)))
+            for a, b in zip(one, other, strict=True)
+        )
+
+    def labels(self, examples: Sequence[MeasuredText]) -> tuple[str, ...]:
+        """One."""
+        return (LABEL,)
+
+    def targets(self, examples: Sequence[MeasuredText], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
+        """The numbers [texts, 1]."""
+        return torch.tensor([[example.label] for example in examples])
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Mean squared error."""
+        return F.mse_loss(outputs, targets)
+
+    def measure(self, examples: Sequence[MeasuredText], predictions: Sequence[Sequence[LabelScore]]) -> Report:
+        """`pearson` and `rmse`."""
+        seen = [[score.score for score in prediction] for prediction in predictions]
+        return metrics.regression([[example.label] for example in examples], seen)
