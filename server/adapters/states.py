@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from server.core import Pooling
+from server.core import Pooling, Span
 
 
 @dataclass
@@ -19,6 +19,8 @@ class TextStates:
     """Of each text, the token that virtual tokens come before, and how many they are."""
     pooler: Callable[[Tensor], Tensor] | None
     """The backbone's own pooler, [texts, hidden] -> [texts, hidden], if its checkpoint has one."""
+    spans: Sequence[Sequence[Span]] = ()
+    """Of each text, the marked pieces, in its own tokens; needed only by heads that read them."""
     _pooled: dict[Pooling, Tensor] = field(default_factory=dict)
 
     def pooled(self, pooling: Pooling) -> Tensor:

@@ -229,7 +229,8 @@ class Backbone:
         states = self._states(rows, plan)
         virtual = [(framing.before, framing.virtual_tokens) for framing in framings]
         pooler = partial(self._pool, plan) if self._has_pooler else None
-        return TextStates(states, [len(row.ids) for row in rows], virtual, pooler)
+        spans = [text.spans for text in texts]
+        return TextStates(states, [len(row.ids) for row in rows], virtual, pooler, spans)
 
     def _row(self, text: Encoding, framing: Framing) -> _Row:
         """The text, and places for virtual tokens whose embeddings the adapter brings."""

@@ -137,11 +137,12 @@ class Tokenizer:
         whole = self._fast.post_process(first, pair)
         if not whole.ids:
             raise InvalidRequest("the text has no tokens", param=f"inputs.{index}")
-        alignment = None
-        if aligned:
-            places = tuple(whole.sequence_ids), tuple(whole.offsets), tuple(whole.word_ids)
-            alignment = Alignment(*places, skipped=skipped)
-        spans = tuple(_tokens(whole, index, number, span) for number, span in enumerate(text.spans))
+        alignment: Alignment | None = None
+        spans: tuple[Span, ...] = ()
+        if aligned or text.spans:
+            found = Alignment(_owners(whole, len(first.ids)), tuple(whole.offsets), tuple(whole.word_ids), skipped)
+            spans = tuple(_tokens(found, index, number, span) for number, span in enumerate(text.spans))
+            alignment = found if aligned else None
         return Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated, spans, alignment)
 
     def _parts(self, texts: Sequence[str | TextInput], truncate: bool) -> Iterator[tuple[TextInput, list[RawEncoding]]]:
@@ -180,11 +181,21 @@ def longest_first(lengths: Sequence[int], room: int) -> list[int]:
     return [longer, shorter] if lengths[0] > lengths[1] else [shorter, longer]
 
 
-def _tokens(whole: RawEncoding, index: int, number: int, span: Span) -> Span:
+def _owners(whole: RawEncoding, first: int) -> tuple[int | None, ...]:
+    """Which text each token is of, given how many are the first one's; the library forgets it of pairs made later."""
+    left = first
+    owners: list[int | None] = []
+    for special in whole.special_tokens_mask:
+        owners.append(None if special else int(left <= 0))
+        left -= not special
+    return tuple(owners)
+
+
+def _tokens(alignment: Alignment, index: int, number: int, span: Span) -> Span:
     """The tokens of the first text that characters of it lie in."""
     found = [
         token
-        for token, (part, (start, end)) in enumerate(zip(whole.sequence_ids, whole.offsets, strict=True))
+        for token, (part, (start, end)) in enumerate(zip(alignment.parts, alignment.offsets, strict=True))
         if part == 0 and start < span[1] and end > span[0]
     ]
     if not found:
