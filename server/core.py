@@ -334,6 +334,8 @@ class EmbedOptions:
     """Whether vectors have length 1; the adapter knows if None."""
     dimensions: int | None = None
     """Only so many of the first numbers."""
+    pooling: Pooling | None = None
+    """Of the backbone alone, the mean if None; an adapter brings its own."""
 
 
 Options = ClassifyOptions | TagOptions | AnswerOptions | EmbedOptions

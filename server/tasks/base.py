@@ -1,4 +1,4 @@
-"""What a task is: the head on top of the backbone's states, its loss, how outputs read as answers, and how good they are."""
+"""What a task is: a head on the backbone's states, its loss, how outputs read as answers, and how good they are."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -89,6 +89,10 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
         """Raises InvalidRequest, `param` naming the field, for an input that it cannot answer. Here: marked spans."""
         if text.spans:
             raise InvalidRequest(f"an adapter for {self.name} does not read spans", param="spans")
+
+    def sample(self, text: str) -> TextInput:
+        """An input that it can answer, made of a text: for smoke tests and golden samples."""
+        return TextInput(text)
 
     @abstractmethod
     def read(
