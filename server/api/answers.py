@@ -125,4 +125,4 @@ def _evaluation(comparison: "Comparison | None") -> Evaluation | None:
 
 
 def _measured(report: "Measured") -> EvaluationResult:
-    return EvaluationResult(rows=report.rows, accuracy=report.accuracy, macro_f1=report.macro_f1)
+    return EvaluationResult(rows=report.rows, metrics=dict(report.metrics))

@@ -23,6 +23,7 @@ from server.api.schemas import (
 )
 from server.manage.manager import Checked, Overview
 from server.store.report import Report
+from server.tasks.metrics import worded
 
 SHORT = 12
 """Digits of a version that tell it from all others that anybody has."""
@@ -152,11 +153,9 @@ class Tables:
         }
         if answer.evaluation is not None:
             candidate, current = answer.evaluation.candidate, answer.evaluation.current
-            facts["measured"] = (
-                f"accuracy {candidate.accuracy:.4f}, macro F1 {candidate.macro_f1:.4f} on {candidate.rows} texts"
-            )
+            facts["measured"] = f"{worded(candidate.metrics)} on {candidate.rows} rows"
             if current is not None:
-                facts["before"] = f"accuracy {current.accuracy:.4f}, macro F1 {current.macro_f1:.4f}"
+                facts["before"] = worded(current.metrics)
         facts["released"] = "no" if answer.release is None else f"release {answer.release}"
         self._facts(facts)
 
