@@ -23,7 +23,6 @@ from server.api.schemas import (
 )
 from server.manage.manager import Checked, Overview
 from server.store.report import Report
-from server.tasks.metrics import worded
 
 SHORT = 12
 """Digits of a version that tell it from all others that anybody has."""
@@ -153,9 +152,9 @@ class Tables:
         }
         if answer.evaluation is not None:
             candidate, current = answer.evaluation.candidate, answer.evaluation.current
-            facts["measured"] = f"{worded(candidate.metrics)} on {candidate.rows} rows"
+            facts["measured"] = f"{_metrics(candidate.metrics)} on {candidate.rows} rows"
             if current is not None:
-                facts["before"] = worded(current.metrics)
+                facts["before"] = _metrics(current.metrics)
         facts["released"] = "no" if answer.release is None else f"release {answer.release}"
         self._facts(facts)
 
@@ -286,6 +285,10 @@ def _known(fact: bool | None) -> str:
 
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _time(moment: datetime) -> str:

@@ -17,12 +17,7 @@ class Report:
     """By label, of all labels that were expected or predicted, for tasks with labels."""
 
     def __str__(self) -> str:
-        return worded(self.metrics)
-
-
-def worded(metrics: Mapping[str, float]) -> str:
-    """For people: `accuracy 0.9397, macro F1 0.9396`."""
-    return ", ".join(f"{name.replace('_', ' ').replace('f1', 'F1')} {value:.4f}" for name, value in metrics.items())
+        return ", ".join(f"{name} {value:.4f}" for name, value in self.metrics.items())
 
 
 def single_label(expected: Sequence[str], predicted: Sequence[str]) -> Report:
