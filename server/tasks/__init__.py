@@ -3,9 +3,11 @@
 from server.tasks.base import AnyTask
 from server.tasks.classification import Classification
 from server.tasks.multi_label import MultiLabelClassification
+from server.tasks.question_answering import QuestionAnswering
 from server.tasks.regression import Regression
 from server.tasks.tagging import Tagging
 
 TASKS: dict[str, AnyTask] = {
-    task.name: task for task in (Classification(), MultiLabelClassification(), Regression(), Tagging())
+    task.name: task
+    for task in (Classification(), MultiLabelClassification(), Regression(), Tagging(), QuestionAnswering())
 }
