@@ -86,12 +86,11 @@ class PredictBody(_TeiBody):
 
     def sequences(self) -> tuple[list[TextInput], bool]:
         """The texts and pairs; and whether they came as a list of them."""
-        match self.inputs:
-            case str(text):
-                return [TextInput(text)], False
-            case [str(), *_]:
-                return [TextInput(*cast(list[str], self.inputs))], False
-        return [TextInput(*texts) for texts in self.inputs], True
+        if isinstance(self.inputs, str):
+            return [TextInput(self.inputs)], False
+        many = isinstance(self.inputs[0], list)
+        rows = cast(list[list[str]], self.inputs if many else [self.inputs])
+        return [TextInput(row[0], row[1] if len(row) > 1 else None) for row in rows], many
 
 
 class EmbedBody(_TeiBody):
