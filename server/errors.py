@@ -3,6 +3,9 @@
 AdapterdError
 ├── InvalidRequest          422  a field of the request
 ├── InvalidAdapter          422  a file, tensor or field of an uploaded adapter
+├── Unauthorized            401  no key, or none that is known
+├── Forbidden               403  the key may not do this
+├── RateLimited             429  the key asks too often; carries Retry-After
 ├── UnknownAdapter          404
 ├── UnknownVersion          404
 ├── WrongTask               409  an adapter of another task than the route's
@@ -17,6 +20,7 @@ AdapterdError
 ├── CorruptVersion          500  a stored version that is not what its name says
 ├── NotFiniteOutput         500  an adapter overflowed on this text
 ├── UnservableAdapter       500  a stored version that was made for another backbone
+├── BadConfiguration        500  keys or settings that make no sense; ends the start
 └── BackboneError           500  the backbone cannot be loaded or served
 """
 
@@ -54,12 +58,39 @@ class InvalidAdapter(AdapterdError):
     code = "invalid_adapter"
 
 
+class Unauthorized(AdapterdError):
+    """Nobody that the server knows."""
+
+    status = 401
+    type = "authentication_error"
+    code = "unauthorized"
+
+
+class Forbidden(AdapterdError):
+    """Somebody who may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class RateLimited(AdapterdError):
+    """Somebody who asks more often than agreed."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limited"
+    retry_after = 1
+
+
 class UnknownAdapter(AdapterdError):
     """No released adapter has this name."""
 
     status = 404
     type = "not_found_error"
     code = "adapter_not_found"
+    near: str | None = None
+    """A name that may have been meant. Not everybody may be told."""
 
 
 class UnknownVersion(AdapterdError):
@@ -161,6 +192,12 @@ class UnservableAdapter(AdapterdError):
     """A stored adapter does not fit this server's backbone."""
 
     code = "unservable_adapter"
+
+
+class BadConfiguration(AdapterdError):
+    """Keys or settings that make no sense."""
+
+    code = "bad_configuration"
 
 
 class BackboneError(AdapterdError):

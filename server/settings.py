@@ -6,7 +6,7 @@ flag of the same name, the flag wins.
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -101,6 +101,23 @@ class Settings(BaseSettings):
     )
     tokenizer_threads: int = Field(
         2, ge=1, description="Threads that tokenize, away from the event loop and from the device's thread."
+    )
+    api_keys_file: str | None = Field(
+        None,
+        description="JSON list of API keys, as `adapterd key` prints them: name, SHA-256 of the secret, scopes, "
+        "patterns of adapter names, requests per minute. With any key or a JWT issuer, every route but the probes "
+        "takes one.",
+    )
+    api_keys: SecretStr | None = Field(None, description="The same list itself, for where there are no files.")
+    insecure: bool = Field(
+        False, description="Listen on other addresses than the loopback's though anybody may do anything."
+    )
+    jwt_issuer: str | None = Field(
+        None, description="OpenID Connect issuer whose tokens are taken beside keys; needs the extra `jwt`."
+    )
+    jwt_audience: str | None = Field(None, description="The audience that tokens have to be for.")
+    jwt_jwks_url: str | None = Field(
+        None, description="Where the issuer's keys are; `/.well-known/jwks.json` below the issuer by default."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: LogFormat = Field("auto", description="`auto` is `console` on a terminal, else `json`.")

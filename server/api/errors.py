@@ -1,7 +1,7 @@
 """Every error as one JSON shape: {"error": {"message", "type", "param", "code", "request_id"}}; below the paths that
 speak for another server, in that server's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -11,9 +11,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
+from server.api.access.principal import current
 from server.api.schemas import ErrorAnswer, ErrorBody
-from server.errors import AdapterdError
+from server.errors import AdapterdError, Unauthorized, UnknownAdapter
 from server.logs import get_logger
 
 log = get_logger("adapterd.api")
@@ -43,6 +45,16 @@ def install(app: FastAPI, shapes: Mapping[str, Shape]) -> None:
         app.add_exception_handler(kind, handle)
 
 
+def answer(shapes: Mapping[str, Shape]) -> Callable[[Scope, Receive, Send, Exception], Awaitable[None]]:
+    """For middleware, whose errors no handler sees: answers an error as `install` makes the app do it."""
+
+    async def send_answer(scope: Scope, receive: Receive, send: Send, error: Exception) -> None:
+        response = await _handle(shapes, Request(scope), error)
+        await response(scope, receive, send)
+
+    return send_answer
+
+
 async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
@@ -51,7 +63,9 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
         status, body = error.status_code, _http(error)
         headers.update(error.headers or {})
     elif isinstance(error, AdapterdError):
-        status, body = error.status, _body(error.message, error.type, error.error_code, error.param)
+        status, body = error.status, _body(_told(error), error.type, error.error_code, error.param)
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = "Bearer"
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
     else:
@@ -63,6 +77,12 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
         log.error("request failed", status=status, code=body.code, error=str(error))
     status, content = _shape(shapes, request.scope["path"])(status, body)
     return JSONResponse(content, status, headers)
+
+
+def _told(error: AdapterdError) -> str:
+    """The message; another adapter's name is part of it where the caller may know of that one."""
+    near = error.near if isinstance(error, UnknownAdapter) else None
+    return f"{error.message}; did you mean {near!r}?" if near and current().reaches(near) else error.message
 
 
 def _shape(shapes: Mapping[str, Shape], path: str) -> Shape:

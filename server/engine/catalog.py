@@ -170,11 +170,11 @@ class Catalog:
         return self._views[name].release
 
     async def _unknown(self, name: str) -> UnknownAdapter:
-        hint = ""
+        error = UnknownAdapter(f"no adapter is called {name[:140]!r}", param="adapter")
         with suppress(AdapterdError):  # a store that fails now has said before that there is no such name
-            if NAME.fullmatch(name) and (near := await self._nearest(name)):
-                hint = f"; did you mean {near!r}?"
-        return UnknownAdapter(f"no adapter is called {name[:140]!r}{hint}", param="adapter")
+            if NAME.fullmatch(name):
+                error.near = await self._nearest(name)
+        return error
 
     async def _nearest(self, name: str) -> str | None:
         find = partial(process.extract, name, await self._all_names(), limit=NEAREST, score_cutoff=60)

@@ -21,6 +21,7 @@ from server.core import (
     TaskAnswer,
     TaskRequest,
 )
+from server.engine.access import EVERYTHING, Access
 from server.engine.catalog import Catalog
 from server.engine.loading import Checked, Checker, Loader
 from server.engine.memory import Memory
@@ -129,8 +130,10 @@ class Engine:
         settings: Settings,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        access: Access = EVERYTHING,
     ) -> None:
-        """Takes the backbone over: nobody else may run it."""
+        """Takes the backbone over: nobody else may run it. `access` says what the caller of a method may reach."""
+        self._access = access
         self._backbone = backbone
         self._store = store
         self._metrics = metrics
@@ -220,6 +223,7 @@ class Engine:
 
         No adapter at all is the bare backbone's answer. Raises WrongTask for an adapter that another route answers.
         """
+        self._access.require(*request.adapters)
         chosen = [await self._choose(name, request) for name in request.adapters]
         cut = Cut(request.truncate, request.long)
         async with AsyncExitStack() as leases:
@@ -290,41 +294,50 @@ class Engine:
 
     async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
         """See Publisher.publish."""
+        self._access.require(name)
         return await self._publisher.publish(name, upload, by=by)
 
     async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.release."""
+        self._access.require(name)
         return await self._publisher.release(name, plan, by=by, note=note, after=after)
 
     async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
         """See Publisher.rollback."""
+        self._access.require(name)
         return await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
 
     async def delete(self, name: str, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.delete."""
+        self._access.require(name)
         return await self._publisher.delete(name, by=by, note=note, after=after)
 
     async def verify(self, name: str, version: str | None) -> tuple[str, Report]:
         """Reads a version, by default the main one, from the store and proves it anew. Raises what is wrong with it."""
+        self._access.require(name)
         if version is None:
             version = self._describe(name, await self._catalog.serving(name)).version
         return version, await self._publisher.verify(name, version)
 
     async def pin(self, name: str) -> None:
         """See Pins.pin."""
+        self._access.require(name)
         await self._pins.pin(name)
 
     async def unpin(self, name: str) -> None:
         """See Pins.unpin."""
+        self._access.require(name)
         await self._pins.unpin(name)
 
     async def describe(self, name: str) -> tuple[Described, Manifest, Report | None]:
         """An adapter that serves, and the manifest and report of the version with most of its traffic."""
+        self._access.require(name)
         described = self._describe(name, await self._catalog.serving(name))
         return described, *await self._store.manifest(name, described.version)
 
     async def profile(self, name: str, version: str | None = None) -> Profile:
         """What a version, by default the one with most of the traffic, is for. Brings nothing into memory."""
+        self._access.require(name)
         if version is None:
             version = self._describe(name, await self._catalog.serving(name)).version
         else:
@@ -339,19 +352,25 @@ class Engine:
 
     async def collect(self, *, name: str | None, keep: int, min_age: timedelta, dry_run: bool) -> list[Removed]:
         """See gc.collect."""
+        if name is None:
+            self._access.require_all("collecting the garbage of all adapters")
+        else:
+            self._access.require(name)
         return [one async for one in collect(self._store, name=name, keep=keep, min_age=min_age, dry_run=dry_run)]
 
     async def versions(self, name: str) -> list[tuple[StoredVersion, bool]]:
         """What is stored of an adapter's versions, the latest first, and whether each is in memory here."""
+        self._access.require(name)
         return [(one, one.version in self._residency) for one in await self._store.versions(name)]
 
     async def history(self, name: str, *, before: int | None, limit: int) -> list[Release]:
         """See AdapterStore.history."""
+        self._access.require(name)
         return await self._store.history(name, before=before, limit=limit)
 
     async def page(self, *, after: str = "", limit: int) -> Page:
-        """Adapters that serve, by name, at most `limit` of them."""
-        names = [name for name in await self._store.names() if name > after]
+        """Adapters that serve and that the caller may see, by name, at most `limit` of them."""
+        names = [name for name in await self._store.names() if name > after and self._access.sees(name)]
         adapters: list[Described] = []
         damaged: list[str] = []
         # One more than fits tells whether there is another page; names of deleted adapters are passed over.
