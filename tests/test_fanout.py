@@ -8,9 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, LABELS, close, every_adapter, forward, random_adapter, random_text, run, tiny_backbone
+from helpers import (
+    FAMILIES,
+    LABELS,
+    close,
+    every_adapter,
+    forward,
+    random_adapter,
+    random_text,
+    run,
+    tiny_backbone,
+    tiny_model,
+)
 from torch import nn
-from transformers import AutoConfig, BertModel
+from transformers import BertModel
 
 from server.adapters.joined import rounded_up
 from server.backbone.backbone import Backbone
@@ -165,6 +176,34 @@ def test_layers_below_the_adapters_see_each_text_once(family: str) -> None:
 
 
 @torch.inference_mode()
+@pytest.mark.parametrize(
+    ("method", "options", "parted"),
+    [
+        ("lora", {"r": 2, "layers_to_transform": [3], "target_modules": ["query"]}, 3),
+        ("lora", {"r": 2, "target_modules": ["pooler.dense"]}, 4),
+        ("bottleneck", {"leave_out": [0, 1], "reduction_factor": 4}, 2),
+        ("bottleneck", {"leave_out": [0], "mh_adapter": True, "use_gating": True, "reduction_factor": 4}, 1),
+        ("prefix_tuning", {"num_virtual_tokens": 2, "leave_out": [0, 1]}, 2),
+        ("prefix_tuning", {"num_virtual_tokens": 2, "leave_out": [0, 1, 2], "use_gating": True}, 3),
+        ("ln_tuning", {"target_modules": r".*layer\.[23]\..*LayerNorm"}, 2),
+        ("ia3", {"target_modules": r".*layer\.1\..*dense", "feedforward_modules": r".*layer\.1\..*dense"}, 1),
+        ("post_encoder", {}, 4),
+    ],
+    ids=str,
+)
+def test_every_kind_of_adapter_shares_what_lies_below_it(
+    method: str, options: dict, parted: int, deep: Backbone
+) -> None:
+    text = random_text(8, 0)
+    adapters = [random_adapter(deep, method, options, seed=seed, pooling=Pooling.POOLER).bound for seed in range(3)]
+    rows = [(text, adapter) for adapter in adapters]
+    with observed(deep) as seen:
+        together = forward(deep, rows)
+    assert seen == [8] * parted + [24] * (LAYERS - parted)
+    close(together, [forward(deep, [row])[0] for row in rows], TOLERANCE)
+
+
+@torch.inference_mode()
 @pytest.mark.parametrize("family", ["modernbert", "gpt2"])
 def test_norms_after_the_last_layer_belong_to_no_layer(family: str) -> None:
     backbone = tiny_backbone(family, num_hidden_layers=LAYERS)
@@ -227,26 +266,29 @@ def test_row_counts_stay_among_the_known_ones_in_bfloat16_on_a_cpu() -> None:
         assert (answer.states - expected).abs().max() < 0.05 * expected.abs().max()
 
 
-class KeywordLayers(BertModel):
-    """A BERT whose layers are handed their states by name."""
+def by_name(model: BertModel) -> None:
+    """The layers are handed their states by name."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
-        for layer in self.encoder.layer:
-            layer.register_forward_pre_hook(by_name, with_kwargs=True)
+    def renamed(module: nn.Module, args: tuple, kwargs: dict) -> Any:
+        names = ("hidden_states", "attention_mask", "encoder_hidden_states")
+        return (), kwargs | dict(zip(names, args, strict=False))
+
+    for layer in model.encoder.layer:
+        layer.register_forward_pre_hook(renamed, with_kwargs=True)
 
 
-def by_name(module: nn.Module, args: tuple, kwargs: dict) -> Any:
-    names = ("hidden_states", "attention_mask", "encoder_hidden_states")
-    return (), kwargs | dict(zip(names, args, strict=False))
+def one_query(model: BertModel) -> None:
+    """Two layers have a module in common."""
+    model.encoder.layer[1].attention.self.query = model.encoder.layer[0].attention.self.query
 
 
 @torch.inference_mode()
-def test_where_the_layers_do_not_let_it_nothing_is_shared() -> None:
-    config = AutoConfig.for_model(
-        "bert", vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
-    )
-    backbone = tiny_backbone("bert", model=KeywordLayers(config).eval())
+@pytest.mark.parametrize("change", [by_name, one_query])
+def test_where_the_layers_do_not_let_it_nothing_is_shared(change: Callable[[BertModel], None]) -> None:
+    with torch.inference_mode(False):
+        model = tiny_model("bert")
+    change(model)
+    backbone = tiny_backbone("bert", model=model)
     text = random_text(7, 1)
     rows = [(text, in_layer(backbone, 1, seed=seed)) for seed in range(3)]
     with observed(backbone) as seen:

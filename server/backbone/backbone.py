@@ -515,13 +515,17 @@ class Backbone:
     def _share(self, layers: Sequence[nn.Module], recorded: "_Recorder") -> None:
         """Lets copies of a text share what they have in common, if the layers do: tried on copies of every kind.
 
-        In the padded layout, and where a layer runs more than once, each copy is computed for itself.
+        In the padded layout, and where layers run more than once or have modules in common, each copy is computed for
+        itself.
         """
+        by_token = [site for site, reach in self._reaches.items() if reach is Reach.TOKENS]
         in_turn = bool(layers) and recorded.entered == [BEFORE_LAYERS, *range(len(layers) + 1)]
-        if not self.packed or not in_turn or self.device.type == "meta":
+        in_one = all(len(recorded.layers[site]) == 1 for site in by_token)
+        if not (self.packed and in_turn and in_one) or self.device.type == "meta":
             return
+        layer_of = {site: min(recorded.layers[site]) for site in by_token}
         after = {encoder_output(self.model.config)[0], *self._per_text}
-        self._sharing = Sharing(layers, recorded.layers | dict.fromkeys(after, len(layers)))
+        self._sharing = Sharing(layers, layer_of | dict.fromkeys(after, len(layers)))
         probes = [self._probe(min(length, self.tokenizer.max_tokens)) for length in (5, 3)]
         own_from = [*range(len(layers) + 1)] * len(probes)
         texts = [text for text in probes for _ in range(len(layers) + 1)]
@@ -586,19 +590,18 @@ class _Recorder(AdapterPlan):
         super().__init__(())
         self.entered = entered
         self.rows: defaultdict[Site, set[int]] = defaultdict(set)
-        self.layers: dict[Site, int] = {}
-        """The first one."""
+        self.layers: defaultdict[Site, set[int]] = defaultdict(set)
 
     def acts_at(self, site: Site) -> bool:
         return True
 
     def apply(self, site: Site, x: Tensor, y: Tensor, h: Tensor | None = None) -> Tensor:
         self.rows[site].add(y.shape[0])
-        self.layers.setdefault(site, self.entered[-1])
+        self.layers[site].add(self.entered[-1])
         return y
 
     def prefixes(self, site: Site) -> Sequence[Prefix]:
-        self.layers.setdefault(site, self.entered[-1])
+        self.layers[site].add(self.entered[-1])
         return ()
 
 

@@ -115,7 +115,7 @@ class Sharing:
     """The layers of a model, for forwards in which copies of a text share some."""
 
     def __init__(self, layers: Sequence[nn.Module], layer_of: Mapping[Site, int]) -> None:
-        """`layers` run once each, in this order. `layer_of`: where a site is passed, after them their number."""
+        """`layers` run once each, in this order. `layer_of`: the one that a site is passed in, see `watched`."""
         self._layers = layers
         self._layer_of = layer_of
         self._first: dict[str, int] = {}  # by form
@@ -133,7 +133,7 @@ class Sharing:
     def _find_first(self, adapter: AdapterWeights) -> int:
         if adapter.alone or adapter.framing != Framing():
             return 0
-        layers = [self._layer_of.get(site, BEFORE_LAYERS) for part in adapter.parts for site in part.sites]
+        layers = [self._layer_of[site] for part in adapter.parts for site in part.sites]
         return max(0, min(layers, default=len(self._layers)))
 
     def placed(self, stages: Sequence[Stage], whole: Placement) -> Callable[[Site], Placement]:
@@ -142,7 +142,7 @@ class Sharing:
         placements = [[stage for stage in stages if stage.layer <= layer][-1].placement for layer in range(last)]
 
         def at(site: Site) -> Placement:
-            layer = self._layer_of.get(site, BEFORE_LAYERS)
+            layer = self._layer_of[site]
             return placements[layer] if 0 <= layer < last else whole
 
         return at
