@@ -293,7 +293,7 @@ def test_where_the_layers_do_not_let_it_nothing_is_shared(change: Callable[[Bert
     rows = [(text, in_layer(backbone, 1, seed=seed)) for seed in range(3)]
     with observed(backbone) as seen:
         together = forward(backbone, rows)
-    assert seen == [21, 21]
+    assert set(seen) == {21}
     close(together, [forward(backbone, [row])[0] for row in rows], TOLERANCE)
 
 
