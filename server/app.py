@@ -3,7 +3,6 @@
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
-from ipaddress import ip_address
 
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
@@ -11,12 +10,12 @@ from starlette.types import Scope
 
 import server
 from server.api import admin, compat, errors, health, tasks
+from server.api.access.audit import Audit
 from server.api.access.gate import Authenticate, Gate
 from server.api.access.principal import CallersAccess
 from server.api.middleware import LimitBody, Observe
 from server.backbone.backbone import Backbone
 from server.engine.engine import Engine
-from server.errors import BadConfiguration
 from server.metrics import Metrics
 from server.settings import Settings
 from server.store.store import AdapterStore
@@ -29,12 +28,6 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     a key though others than this machine can ask.
     """
     gate = Gate.load(settings)
-    if not gate.closed and not settings.insecure and not _is_loopback(settings.host):
-        raise BadConfiguration(
-            f"anybody who reaches {settings.host} could do anything: set API keys (ADAPTERD_API_KEYS_FILE), listen on "
-            "127.0.0.1, or say --insecure",
-            param="host",
-        )
     metrics = Metrics()
     store = store or AdapterStore.open(
         settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
@@ -57,16 +50,10 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))
     app.add_middleware(Authenticate, gate=gate, refuse=errors.answer(compat.SHAPES))
+    app.add_middleware(Audit)
     app.add_middleware(Observe, metrics=metrics)
     app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)  # outermost, so that every line has the id
     return app
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:  # a name
-        return False
 
 
 def _body_limit(settings: Settings, scope: Scope) -> int:

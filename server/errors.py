@@ -14,6 +14,7 @@ AdapterdError
 ├── TooLarge                413  a text, a list or a body over its limit
 ├── Overloaded              429  the queue is full; carries Retry-After
 ├── StoreUnavailable        503  the store failed; carries Retry-After
+├── IssuerUnavailable       503  a token cannot be checked now; carries Retry-After
 ├── MemoryFull              503  all adapters in memory are in use; carries Retry-After
 ├── OverBudget              507  an adapter is larger than the memory for adapters
 ├── ShuttingDown            503
@@ -149,6 +150,15 @@ class StoreUnavailable(AdapterdError):
     type = "unavailable_error"
     code = "store_unavailable"
     retry_after = 2
+
+
+class IssuerUnavailable(AdapterdError):
+    """The keys of the tokens' issuer cannot be had, so that nobody can tell whether a token is good."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "issuer_unavailable"
+    retry_after = 15
 
 
 class MemoryFull(AdapterdError):

@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import socket
+import ssl
 import sys
 
 import uvicorn
@@ -39,7 +40,8 @@ class _Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             assert isinstance(self.config.app, FastAPI)
-            print(await _greeting(self.config.app.state.engine, f"http://{host}:{port}"), flush=True)
+            url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
+            print(await _greeting(self.config.app.state.engine, url), flush=True)
 
 
 async def _give_back_memory() -> None:
@@ -60,16 +62,27 @@ def run(settings: Settings) -> int:
     except AdapterdError as error:
         print(f"adapterd: {error.message}", file=sys.stderr)
         return 1
-    server = _Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
-        )
+    password = settings.ssl_keyfile_password
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_keyfile_password=password.get_secret_value() if password else None,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
     )
+    try:
+        config.load()
+    except OSError as error:  # a file that is not there, or not what it should be
+        reason = error.strerror or str(error)
+        print(f"adapterd: ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used: {reason}", file=sys.stderr)
+        return 1
+    server = _Server(config)
     server.run()
     return 0 if server.started else 1
 

@@ -655,7 +655,7 @@ def test_an_upload_tells_how_far_it_is(ways: Ways, checkpoint: Callable[..., Pat
         yield portions.append
 
     folder = checkpoint()
-    remote = Remote(ways.http.target[1], timeout_seconds=60, watch_upload=watch)
+    remote = Remote(ways.http.target[1], {}, timeout_seconds=60, watch_upload=watch)
     files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
     answer = remote.push("mood", Push(files=files, labels=LABELS.split(",")))
     assert verify_one(remote, "mood", answer.version).error is None

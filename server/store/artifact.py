@@ -26,6 +26,9 @@ TENSORS = "adapter.safetensors"
 MAX_TENSORS = 20_000
 """Tensors of one file. Large models have hundreds; empty ones cost an uploader nothing."""
 
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+"""What names so many tensors. safetensors itself would make objects of a header of 100 MB."""
+
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
     for label, count in Counter(labels).most_common(1):
@@ -219,6 +222,12 @@ def _split(version: str, manifest_file: bytes) -> tuple[bytes, Report | None]:
 
 def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:
     """The tensors of a safetensors file; a truncated or foreign one is refused by its name."""
+    if (header := int.from_bytes(data[:8], "little")) > MAX_HEADER_BYTES:
+        raise InvalidAdapter(
+            f"{file} is not a whole safetensors file: a header of {header} bytes, at most {MAX_HEADER_BYTES} are read",
+            param=file,
+            code="bad_file",
+        )
     try:
         tensors = safetensors.torch.load(data)
     except Exception as error:  # safetensors' own, or whatever torch says to a shape or a type that it cannot make

@@ -1,5 +1,7 @@
 """Who asks, and what they may do."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
@@ -43,9 +45,14 @@ class Principal:
 
 
 ANYONE = Principal("anyone", frozenset(Scope))
-"""Where no keys are set."""
+"""Where no keys are set; and the server itself, outside of requests."""
+
+NOBODY = Principal("nobody", frozenset(), ())
+"""Who has not been asked, on the routes that take no key: there is nothing for them to learn about adapters."""
 
 _current: ContextVar[Principal] = ContextVar("principal", default=ANYONE)
+
+_asked: ContextVar[list[str] | None] = ContextVar("asked", default=None)
 
 
 def current() -> Principal:
@@ -53,9 +60,25 @@ def current() -> Principal:
     return _current.get()
 
 
-def enter(principal: Principal) -> None:
-    """From here on, the request is the principal's."""
-    _current.set(principal)
+@contextmanager
+def acting(principal: Principal) -> Iterator[None]:
+    """Inside, and in all tasks and threads that are started there, the request is the principal's."""
+    token = _current.set(principal)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+@contextmanager
+def noted() -> Iterator[list[str]]:
+    """Notes the adapters that are asked for inside, those out of reach as well."""
+    names: list[str] = []
+    token = _asked.set(names)
+    try:
+        yield names
+    finally:
+        _asked.reset(token)
 
 
 def made_by() -> str:
@@ -69,7 +92,9 @@ class CallersAccess:
 
     def require(self, *names: str) -> None:
         """Raises Forbidden for a name out of the caller's reach, whether there is such an adapter or not."""
-        who = current()
+        who, asked = current(), _asked.get()
+        if asked is not None:
+            asked += [name for name in names if name not in asked]
         for name in names:
             if not who.reaches(name):
                 raise Forbidden(f"key {who.name!r} does not reach adapter {name[:140]!r}", param="adapter")

@@ -46,6 +46,9 @@ TYPES: Mapping[str, str] = {
     "not_found_error": "NotFoundError",
     "invalid_user_input": "InvalidUserInput",
     "overloaded_error": "TooManyRequestsError",
+    "rate_limit_error": "TooManyRequestsError",
+    "authentication_error": "AuthenticationError",
+    "permission_error": "PermissionDeniedError",
     "unavailable_error": "ServiceUnavailableError",
     "server_error": "InternalServerError",
 }
