@@ -45,6 +45,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.state.engine = engine
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.asks_for_keys = gate.closed
     for router in (tasks.router, admin.router, health.router, *compat.ROUTERS):
         app.include_router(router)
     errors.install(app, compat.SHAPES)

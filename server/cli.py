@@ -58,9 +58,9 @@ def key_command(
 
     secret = new_key()
     given = {"scopes": scope, "adapters": adapters, "requests_per_minute": requests_per_minute}
-    fields = {"name": name, "sha256": digest_of(secret)} | {key: value for key, value in given.items() if value}
+    given = {option: value for option, value in given.items() if value is not None}
     try:
-        entry = KeyEntry.model_validate(fields)
+        entry = KeyEntry.model_validate({"name": name, "sha256": digest_of(secret), **given})
         if file is not None:
             Keys.add(file, entry)
     except ValidationError as error:

@@ -41,7 +41,7 @@ class _Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             assert isinstance(self.config.app, FastAPI)
             url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
-            print(await _greeting(self.config.app.state.engine, url), flush=True)
+            print(await _greeting(self.config.app, url), flush=True)
 
 
 async def _give_back_memory() -> None:
@@ -87,8 +87,10 @@ def run(settings: Settings) -> int:
     return 0 if server.started else 1
 
 
-async def _greeting(engine: Engine, url: str) -> str:
+async def _greeting(app: FastAPI, url: str) -> str:
     """The address, and a curl line that works if the store has anything to try."""
+    engine: Engine = app.state.engine
+    key = ' -H "authorization: Bearer $ADAPTERD_API_KEY"' if app.state.asks_for_keys else ""
     spec = engine.spec
     lines = [
         "",
@@ -104,7 +106,7 @@ async def _greeting(engine: Engine, url: str) -> str:
     else:
         if described:
             body = json.dumps({"adapter": described[0].name, "inputs": "What a lovely day"})
-            lines += ["Try it:", f"  curl -s {url}/classify -H 'content-type: application/json' -d '{body}'"]
+            lines += ["Try it:", f"  curl -s {url}/classify{key} -H 'content-type: application/json' -d '{body}'"]
         else:
             lines.append("The store is empty; upload an adapter with PUT /admin/adapters/{name}")
     return "\n".join([*lines, ""])
