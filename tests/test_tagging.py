@@ -23,7 +23,7 @@ from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
 from server.core import Aggregation, Entity, TagOptions, TextInput, WindowPooling
 from server.errors import InvalidAdapter, InvalidRequest
-from server.tasks import TASKS
+from server.tasks import TASKS, spans
 from server.tasks.base import Window
 from server.tasks.tagging import TaggedTokens
 
@@ -293,6 +293,17 @@ def test_words_without_a_token_are_outside() -> None:
     assert report.metrics == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3})
     assert report.f1 == pytest.approx({"LOC": 2 / 3})
     assert TAGGING.measure([example], [[]]).metrics == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
+
+
+def test_entities_end_where_the_tags_say() -> None:
+    assert spans.entities(["B-X", "I-X", "E-X", "I-X", "S-X", "I-X"]) == {
+        ("X", 0, 3),
+        ("X", 3, 4),
+        ("X", 4, 5),
+        ("X", 5, 6),
+    }
+    assert spans.entities(["E-X", "E-X", "B-X", "E-X"]) == {("X", 0, 1), ("X", 1, 2), ("X", 2, 4)}
+    assert spans.entities([]) == set()
 
 
 def test_tags_without_prefixes_are_types() -> None:
