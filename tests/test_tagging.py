@@ -219,6 +219,13 @@ def test_the_loss_is_over_the_tokens_that_count() -> None:
     assert torch.allclose(loss, expected)
 
 
+def test_a_batch_in_which_no_token_counts_has_no_loss() -> None:
+    outputs = torch.randn(3, 5, requires_grad=True)
+    loss = TAGGING.loss([outputs], torch.full((3,), -100))
+    assert loss == 0
+    assert torch.autograd.grad(loss, outputs)[0].count_nonzero() == 0
+
+
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
@@ -296,12 +303,8 @@ def test_words_without_a_token_are_outside() -> None:
 
 
 def test_entities_end_where_the_tags_say() -> None:
-    assert spans.entities(["B-X", "I-X", "E-X", "I-X", "S-X", "I-X"]) == {
-        ("X", 0, 3),
-        ("X", 3, 4),
-        ("X", 4, 5),
-        ("X", 5, 6),
-    }
+    ends = {("X", 0, 3), ("X", 3, 4), ("X", 4, 5), ("X", 5, 6)}
+    assert spans.entities(["B-X", "I-X", "E-X", "I-X", "S-X", "I-X"]) == ends
     assert spans.entities(["E-X", "E-X", "B-X", "E-X"]) == {("X", 0, 1), ("X", 1, 2), ("X", 2, 4)}
     assert spans.entities([]) == set()
 
