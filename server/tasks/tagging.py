@@ -171,7 +171,7 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         return torch.tensor(targets)
 
     def loss(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """Mean cross entropy of the tokens that count, 0 where none does; `targets` [tokens] are label indices or -100."""
+        """Mean cross entropy of the tokens that count, 0 if none does; `targets` [tokens] are label indices or -100."""
         total = F.cross_entropy(torch.cat(list(outputs)), targets, ignore_index=IGNORED, reduction="sum")
         return total / (targets != IGNORED).sum().clamp(min=1)
 
