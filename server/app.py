@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.types import Scope
 
 import server
-from server.api import admin, classify, errors, health
+from server.api import admin, errors, health, tasks
 from server.api.middleware import LimitBody, Observe
 from server.backbone.backbone import Backbone
 from server.engine.engine import Engine
@@ -40,7 +40,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.state.engine = engine
     app.state.settings = settings
     app.state.metrics = metrics
-    app.include_router(classify.router)
+    app.include_router(tasks.router)
     app.include_router(admin.router)
     app.include_router(health.router)
     errors.install(app)

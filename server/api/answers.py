@@ -45,8 +45,16 @@ def adapter_summary(name: str, release: Release, *, resident: bool | None, pinne
 
 def adapter_detail(summary: AdapterSummary, manifest: Manifest, report: Report | None) -> AdapterDetail:
     """An adapter with what its main version says of itself."""
+    from server.tasks import TASKS  # takes as long to import as torch does
+
+    task = TASKS.get(manifest.task)
     return AdapterDetail(
-        **summary.model_dump(), manifest=manifest.model_dump(mode="json", exclude_none=True), report=report
+        **summary.model_dump(),
+        task=manifest.task,
+        route=task.route.path if task else None,
+        labels=list(manifest.labels),
+        manifest=manifest.model_dump(mode="json", exclude_none=True),
+        report=report,
     )
 
 
@@ -125,4 +133,4 @@ def _evaluation(comparison: "Comparison | None") -> Evaluation | None:
 
 
 def _measured(report: "Measured") -> EvaluationResult:
-    return EvaluationResult(rows=report.rows, accuracy=report.accuracy, macro_f1=report.macro_f1)
+    return EvaluationResult(rows=report.rows, metrics=dict(report.metrics))

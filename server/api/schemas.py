@@ -9,28 +9,15 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     JsonValue,
     model_validator,
 )
 
-from server.core import LabelScore, check_text
+from server.core import check_text
 from server.store.releases import KEEP, MAX_SERVING, MAX_SHADOWS, MIN_AGE, Plan, Share, Version
 from server.store.report import Report
 
-
-def _listed(value: Any) -> Any:
-    return [value] if isinstance(value, str) else value
-
-
-def _not_blank(text: str) -> str:
-    if not text.strip():
-        raise ValueError("the text is empty")
-    return check_text(text)
-
-
-Text = Annotated[str, AfterValidator(_not_blank)]
 MAX_AGE_SECONDS = 100 * 366 * 86_400.0
 
 Note = Annotated[str, Field(max_length=2000, description="Why; it is kept in the history."), AfterValidator(check_text)]
@@ -61,56 +48,6 @@ def _aliases(alias: Any) -> list[str]:
     return [one for one in alias.choices if isinstance(one, str)] if isinstance(alias, AliasChoices) else []
 
 
-class ClassifyBody(Body):
-    """Texts and the adapter to classify them with."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"adapter": "sentiment", "inputs": "What a lovely day"}]},
-    )
-
-    adapter: str = Field(
-        validation_alias=AliasChoices("adapter", "model"),
-        description="The adapter's name; `model` is accepted for it.",
-    )
-    inputs: Annotated[
-        list[Text],
-        FailFast(),  # a long list of wrong items would otherwise cost an error object each
-        BeforeValidator(_listed, json_schema_input_type=str | list[str]),
-        Field(min_length=1, description="A text, or a list of texts."),
-    ]
-    top_k: int | None = Field(None, ge=1, description="Only this many labels of each text, the best ones.")
-    version: str | None = Field(
-        None, description="Answer with this version, whatever is released; else one that the last release names."
-    )
-    routing_key: str | None = Field(
-        None,
-        max_length=1024,
-        description="Requests with the same key get the same version while the shares of traffic stay: a user's id, "
-        "say. Without one, the request's id decides.",
-    )
-    truncate: bool = Field(True, description="Cut texts that are too long for the backbone; else they get 413.")
-
-
-class Usage(BaseModel):
-    """What the request cost."""
-
-    tokens: int = Field(description="Tokens of all inputs, special tokens included, after truncation.")
-
-
-class ClassifyAnswer(BaseModel):
-    """One list of labels per input, best first, and who computed it."""
-
-    adapter: str
-    version: str = Field(description="sha256 of the adapter that answered.")
-    release: int | None = Field(
-        description="The adapter's last release when it answered; null where a version was asked for before any."
-    )
-    backbone: str
-    predictions: list[list[LabelScore]]
-    truncated: list[int] = Field(description="Indices of the inputs that were cut.")
-    usage: Usage
-
-
 class AdapterSummary(BaseModel):
     """An adapter that serves."""
 
@@ -137,6 +74,9 @@ class AdapterList(BaseModel):
 class AdapterDetail(AdapterSummary):
     """An adapter that serves, with the manifest and the report of its main version."""
 
+    task: str
+    route: str | None = Field(description="Where it is asked; null for a task that this server does not know.")
+    labels: list[str]
     manifest: dict[str, JsonValue]
     report: Report | None = Field(description="What a server found when it checked the version.")
 
@@ -162,8 +102,7 @@ class EvaluationResult(BaseModel):
     """How well a version did on the uploaded texts."""
 
     rows: int
-    accuracy: float
-    macro_f1: float
+    metrics: dict[str, float]
 
 
 class Evaluation(BaseModel):
@@ -344,7 +283,7 @@ class Info(BaseModel):
     version: str
     backbone: BackboneInfo
     methods: list[str]
-    tasks: list[str]
+    tasks: dict[str, str] = Field(description="Task -> the route that answers it.")
     limits: Limits
 
 

@@ -2,19 +2,31 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypedDict
 
 from server.backbone.backbone import Backbone
-from server.core import AdapterRef, BackboneSpec, Classification, ClassifyRequest
+from server.core import (
+    AdapterRef,
+    BackboneSpec,
+    EmbedOptions,
+    Encoding,
+    Pooling,
+    Route,
+    Span,
+    TaskAnswer,
+    TaskRequest,
+)
 from server.engine.catalog import Catalog
 from server.engine.loading import Checked, Checker, Loader
 from server.engine.memory import Memory
 from server.engine.pins import Pins
-from server.engine.pipeline import Pipeline
+from server.engine.pipeline import Answered as PipelineAnswer
+from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.proof import Prover
 from server.engine.publishing import Published, Publisher, Upload
 from server.engine.residency import Residency
@@ -22,7 +34,7 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.shadows import Answered, Shadows
 from server.engine.worker import QueuedRow, Worker
-from server.errors import AdapterdError, CorruptVersion, StoreUnavailable, WrongTask
+from server.errors import AdapterdError, CorruptVersion, InvalidRequest, StoreUnavailable, WrongTask
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
@@ -32,7 +44,7 @@ from server.store.names import check_name, check_version
 from server.store.releases import Plan, Release, choose
 from server.store.report import Report
 from server.store.store import AdapterStore, StoredVersion
-from server.tasks.adapter import TaskAdapter
+from server.tasks.adapter import Blueprint, TaskAdapter
 
 log = get_logger("adapterd.engine")
 
@@ -76,6 +88,15 @@ class Page:
     """Names whose last release cannot be read."""
     next: str | None
     """The name after which there are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """The version that answers a request."""
+
+    ref: AdapterRef
+    shadow: Sequence[str]
+    """Versions that compute it as well."""
 
 
 class Engine:
@@ -129,6 +150,8 @@ class Engine:
             self._loader_pool,
             max_upload_bytes=settings.max_upload_bytes,
         )
+        self._embedders: dict[Pooling, TaskAdapter] = {}
+        """The backbone alone, by what makes a vector of a text's states."""
         self._following: asyncio.Task[None] | None = None
 
     @property
@@ -172,41 +195,76 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------ requests
 
-    async def classify(self, request: ClassifyRequest) -> Classification:
-        """One prediction per input, from one version: the one asked for, or one that the last release names."""
-        name = request.adapter
-        release, version = await self._route(request)
-        async with self._residency.lease(name, version) as adapter:
-            if not adapter.task.classifies:
-                raise WrongTask(
-                    f"adapter {name!r} does {adapter.task.name}, which /classify does not answer", param="adapter"
-                )
-            texts = await self._pipeline.encode(request.inputs, adapter, truncate=request.truncate)
-            predictions = await self._pipeline.run(texts, adapter, top_k=request.top_k)
-            task = adapter.task
-        tokens = sum(map(len, texts))
-        self._metrics.answered.add(name, texts=len(texts), tokens=tokens)
-        for shadow in release.shadow if release and request.version is None else ():
-            self._shadows.start(Answered(name, request.inputs, task, request.top_k, predictions), shadow)
-        return Classification(
-            ref=AdapterRef(name, version, release.number if release else None),
+    async def run(self, request: TaskRequest) -> list[TaskAnswer]:
+        """What each adapter says to all inputs; each from one version: the one asked for, or one of its last release.
+
+        No adapter at all is the bare backbone's answer. Raises WrongTask for an adapter that another route answers.
+        """
+        chosen = [await self._choose(name, request) for name in request.adapters]
+        cut = Cut(request.truncate, request.long)
+        async with AsyncExitStack() as leases:
+            adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
+            for name, adapter in zip(request.adapters, adapters, strict=False):
+                _check_route(name, adapter, request.route)
+            for adapter in adapters:
+                adapter.task.check_options(adapter.config, request.options, self.spec)
+            answered = await self._pipeline.answer([Job(one, request.options) for one in adapters], request.inputs, cut)
+            tasks = [adapter.task for adapter in adapters]
+        for choice, task, answer in zip(chosen, tasks, answered, strict=False):
+            name = choice.ref.name
+            self._metrics.answered.add(name, texts=len(request.inputs), tokens=_tokens(answer))
+            for shadow in choice.shadow:
+                compared = Answered(name, request.inputs, cut, request.options, task, answer.predictions)
+                self._shadows.start(compared, shadow)
+        refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
+        return [self._answer(ref, answer, request) for ref, answer in zip(refs, answered, strict=True)]
+
+    def _answer(self, ref: AdapterRef | None, answer: PipelineAnswer, request: TaskRequest) -> TaskAnswer:
+        return TaskAnswer(
+            ref=ref,
             backbone=self.spec.name,
-            predictions=predictions,
-            tokens=tokens,
-            truncated=[index for index, text in enumerate(texts) if text.truncated],
+            predictions=answer.predictions,
+            tokens=_tokens(answer),
+            truncated=[index for index, own in enumerate(answer.windows) if any(one.truncated for one in own)],
+            windows=[[_characters(one) for one in own] for own in answer.windows] if request.long else None,
         )
 
-    async def _route(self, request: ClassifyRequest) -> tuple[Release | None, str]:
+    async def _choose(self, name: str, request: TaskRequest) -> _Choice:
         """The adapter's last release, and the version that answers."""
-        name = request.adapter
         if request.version is None:
             serving = await self._catalog.serving(name)
-            return serving, choose(name, serving.traffic, request.routing_key)
+            version = choose(name, serving.traffic, request.routing_key)
+            return _Choice(AdapterRef(name, version, serving.number), serving.shadow)
         # A version that is not released yet can be tried; one of an adapter that was deleted cannot.
         version = check_version(request.version)
         release = await self._catalog.serving(name) if await self._catalog.current(check_name(name)) else None
         await self._catalog.check_version(name, version)
-        return release, version
+        return _Choice(AdapterRef(name, version, release.number if release else None), ())
+
+    async def _lease(self, leases: AsyncExitStack, chosen: Sequence[_Choice]) -> list[TaskAdapter]:
+        """All of them. Those that are not in memory are loaded side by side."""
+        cold = [choice.ref for choice in chosen if choice.ref.version not in self._residency]
+        if len(cold) > 1:
+            await asyncio.gather(*(self._load(ref.name, ref.version) for ref in cold))
+        return [
+            await leases.enter_async_context(self._residency.lease(choice.ref.name, choice.ref.version))
+            for choice in chosen
+        ]
+
+    def _bare(self, request: TaskRequest) -> TaskAdapter:
+        """The backbone alone, for routes that can do without an adapter."""
+        if not isinstance(request.options, EmbedOptions):
+            raise InvalidRequest(f"{request.route.path} takes an adapter", param="adapter")
+        pooling = request.options.pooling or Pooling.MEAN
+        if pooling not in self.spec.poolings:
+            raise InvalidRequest(f"the backbone has no {pooling}", param="pooling")
+        if pooling not in self._embedders:
+            head = {"pooling": pooling, "normalize": True}
+            blueprint = Blueprint.check(
+                method="head_only", config={}, task="embedding", head=head, labels=(), spec=self.spec
+            )
+            self._embedders[pooling] = blueprint.bind({}, self._backbone)
+        return self._embedders[pooling]
 
     # ------------------------------------------------------------------------------------------------ administration
 
@@ -287,8 +345,32 @@ class Engine:
     async def _prefetch(self, name: str, known: Release, later: Release) -> None:
         """Brings what a later release serves into memory where what it replaces is there."""
         for version in later.traffic if any(version in self._residency for version in known.traffic) else ():
-            async with self._residency.lease(name, version):
-                pass
+            await self._load(name, version)
+
+    async def _load(self, name: str, version: str) -> None:
+        async with self._residency.lease(name, version):
+            pass
+
+
+def _check_route(name: str, adapter: TaskAdapter, route: Route) -> None:
+    if adapter.task.route is not route:
+        raise WrongTask(
+            f"adapter {name!r} does {adapter.task.name}, which {adapter.task.route.path} answers, not {route.path}",
+            param="adapter",
+        )
+
+
+def _tokens(answer: PipelineAnswer) -> int:
+    return sum(len(one) for own in answer.windows for one in own)
+
+
+def _characters(window: Encoding) -> Span:
+    """Where a window of a text lies; of a pair, where the part of the second text does."""
+    assert window.alignment is not None, "windows are aligned"
+    last = max((part for part in window.alignment.parts if part is not None), default=0)
+    places = zip(window.alignment.parts, window.alignment.offsets, strict=True)
+    offsets = [offset for part, offset in places if part == last]
+    return (offsets[0][0], offsets[-1][1]) if offsets else (0, 0)
 
 
 class _Memories(TypedDict):

@@ -1,15 +1,17 @@
 """The gate before a release: the newcomer has to do at least as well on labelled texts as what serves now."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import stamina
 
 from server.core import Prediction
-from server.engine.pipeline import Pipeline
-from server.errors import InvalidRequest, Overloaded, RefusedRelease, TooLarge
+from server.engine.pipeline import Job, Pipeline
+from server.errors import Overloaded, RefusedRelease, TooLarge
 from server.tasks.adapter import TaskAdapter
 from server.tasks.dataset import Dataset, parse_dataset
-from server.tasks.metrics import Report, report
+from server.tasks.metrics import Report
 
 FIELD = "eval"
 MAX_BYTES = 16 * 1024 * 1024
@@ -32,38 +34,41 @@ class Comparison:
     current: Report | None
     """None where nothing serves yet, or it does another task."""
 
+    decisive: Mapping[str, int]
+    """The metrics that count; see Task.decisive."""
+
     @property
     def worse(self) -> bool:
-        """Whether the newcomer does worse by either measure."""
+        """Whether the newcomer does worse by any of them."""
         if self.current is None:
             return False
-        return self.candidate.accuracy < self.current.accuracy or self.candidate.macro_f1 < self.current.macro_f1
+        candidate, current = self.candidate.metrics, self.current.metrics
+        return any(sign * candidate[name] < sign * current[name] for name, sign in self.decisive.items())
 
 
-def read(data: bytes, adapter: TaskAdapter) -> Dataset:
+def read(data: bytes, adapter: TaskAdapter) -> Dataset[Any]:
     """The rows of an upload. Raises InvalidRequest naming the line; labels have to be the adapter's."""
-    if adapter.task.name != "classification":
-        raise InvalidRequest(f"an adapter for {adapter.task.name} cannot be compared this way", param=FIELD)
     if len(data) > MAX_BYTES:
         raise TooLarge(f"{FIELD}: {len(data)} bytes, at most {MAX_BYTES} are taken", param=FIELD)
-    dataset = parse_dataset(data, FIELD, known=adapter.labels, max_rows=MAX_ROWS)
+    dataset = parse_dataset(data, FIELD, adapter.task.example, known=adapter.labels, max_rows=MAX_ROWS)
     longest = max(map(len, dataset.texts))
     if longest > MAX_CHARACTERS:
         raise TooLarge(f"{FIELD}: a text of {longest} characters, at most {MAX_CHARACTERS} are taken", param=FIELD)
     return dataset
 
 
-async def measure(pipeline: Pipeline, adapter: TaskAdapter, data: Dataset) -> Report:
+async def measure(pipeline: Pipeline, adapter: TaskAdapter, data: Dataset[Any]) -> Report:
     """Runs all rows through an adapter, beside serving."""
-    predicted: list[str] = []
-    for start in range(0, len(data.texts), CHUNK):
-        texts = await pipeline.encode(data.texts[start : start + CHUNK], adapter, truncate=True)
-        answers: list[Prediction] = []
+    task = adapter.task
+    job = Job(adapter, task.measured)
+    inputs = [text for example in data.examples for text in example.inputs()]
+    predictions: list[Prediction] = []
+    for start in range(0, len(inputs), CHUNK):
         async for attempt in stamina.retry_context(on=Overloaded, attempts=None, timeout=LONGEST_WAIT_SECONDS):
             with attempt:
-                answers = await pipeline.run(texts, adapter, top_k=1)
-        predicted += [answer[0].label for answer in answers]
-    return report(data.labels, predicted)
+                [answered] = await pipeline.answer([job], inputs[start : start + CHUNK])
+                predictions += answered.predictions
+    return task.measure(data.examples, predictions)
 
 
 def refusal(comparison: Comparison) -> RefusedRelease:
@@ -71,8 +76,7 @@ def refusal(comparison: Comparison) -> RefusedRelease:
     candidate, current = comparison.candidate, comparison.current
     assert current is not None
     return RefusedRelease(
-        f"on {candidate.rows} texts the upload has accuracy {candidate.accuracy:.4f} and macro F1 "
-        f"{candidate.macro_f1:.4f}, what serves now {current.accuracy:.4f} and {current.macro_f1:.4f}; nothing was "
-        "stored, force=true releases it all the same",
+        f"on {candidate.rows} rows the upload has {candidate}, what serves now {current}; nothing was stored, "
+        "force=true releases it all the same",
         param=FIELD,
     )

@@ -1,52 +1,167 @@
-"""Texts through an adapter: tokenized, queued, run, and awaited. What requests, proofs and comparisons share."""
+"""Inputs through adapters: tokenized, queued, run, and read. What requests, proofs and comparisons share."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from server.backbone.tokenizer import Tokenizer
-from server.core import Encoding
+from server.core import Encoding, Long, Options, Prediction, TextInput, WindowPooling
 from server.engine.runner import Row
 from server.engine.worker import Worker
-from server.errors import TooLarge
+from server.errors import InvalidRequest, TooLarge
 from server.tasks.adapter import TaskAdapter
+from server.tasks.base import Window
+from server.tasks.pooled import PooledTask
+
+T = TypeVar("T")
 
 MAX_SCORES = 100_000
 """Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
 and a half million took 9 seconds."""
+
+OVERLAP = 128
+"""Tokens that neighbouring windows of a long text share, as far as they are less than half of it."""
+
+MAX_WINDOWS = 256
+"""Windows of one input."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """An adapter, and what is wanted of it."""
+
+    adapter: TaskAdapter
+    options: Options
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How inputs are made to fit the backbone."""
+
+    truncate: bool = True
+    long: Long | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What one adapter says to all inputs."""
+
+    predictions: list[Prediction]
+    windows: list[list[Encoding]]
+    """Of each input."""
 
 
 class Pipeline:
     """The way from texts to answers, for one event loop."""
 
     def __init__(self, tokenizer: Tokenizer, worker: Worker, executor: Executor) -> None:
-        """`executor` tokenizes."""
+        """`executor` tokenizes, and reads what takes more than a glance."""
         self._tokenizer = tokenizer
         self._worker = worker
         self._executor = executor
 
-    async def encode(self, texts: Sequence[str], adapter: TaskAdapter, *, truncate: bool) -> list[Encoding]:
-        """Tokens, with room for what the adapter adds to them. Raises TooLarge for a text that may not be cut."""
-        reserved = adapter.weights.framing.positions
-        encode = partial(self._tokenizer.encode, texts, truncate=truncate, reserved=reserved)
-        return await asyncio.get_running_loop().run_in_executor(self._executor, encode)
+    async def answer(self, jobs: Sequence[Job], inputs: Sequence[TextInput], cut: Cut = Cut()) -> list[Answered]:
+        """All inputs through all adapters, in one go.
 
-    async def run(
-        self, texts: Sequence[Encoding], adapter: TaskAdapter, *, top_k: int | None = None, raw: bool = False
-    ) -> list[Any]:
-        """An answer for each text: predictions, or the head's raw outputs.
-
-        Raises Overloaded or ShuttingDown, and TooLarge for more scores than an answer holds.
+        Raises InvalidRequest for an input that an adapter cannot answer, TooLarge for one that may not be cut and for
+        more scores than an answer holds, Overloaded or ShuttingDown.
         """
-        scores = len(texts) * min(top_k or len(adapter.labels), len(adapter.labels))
-        if scores > MAX_SCORES and not raw:
-            raise TooLarge(
-                f"{len(texts)} inputs and {len(adapter.labels)} labels make {scores} scores, at most {MAX_SCORES} fit "
-                "an answer; ask for fewer labels with top_k, or send fewer inputs",
-                param="top_k",
-                code="too_many_scores",
-            )
-        rows = [Row(text, adapter, top_k, raw) for text in texts]
+        for job in jobs:
+            _check(job, inputs, cut)
+        shared: dict[tuple[int, bool, bool], list[list[Encoding]]] = {}  # adapters that read alike share encodings
+        encoded = []
+        for job in jobs:
+            framing = (job.adapter.weights.framing.positions, _windowed(job, cut), job.adapter.task.aligned)
+            if framing not in shared:
+                shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate)
+            encoded.append(shared[framing])
+        rows = [_rows(job, windows) for job, windows in zip(jobs, encoded, strict=True)]
+        answers = iter(await self.run(list(chain.from_iterable(rows))))
+        pooling = cut.long.pooling if cut.long else WindowPooling.MEAN
+        return [
+            Answered(await self._read(job, inputs, windows, [next(answers) for _ in own], pooling), windows)
+            for job, windows, own in zip(jobs, encoded, rows, strict=True)
+        ]
+
+    async def outputs(self, texts: Sequence[str], adapter: TaskAdapter) -> list[Tensor]:
+        """Raw outputs for some texts, which are cut where they are too long. `texts` are what the task makes of it."""
+        inputs = [adapter.task.sample(text) for text in texts]
+        windows = await self._encode(inputs, adapter.weights.framing.positions, False, False, truncate=True)
+        return await self.run([Row(text, adapter) for [text] in windows])
+
+    async def run(self, rows: Sequence[Row]) -> list[Any]:
+        """An answer to each row: a prediction, or raw outputs. Raises Overloaded or ShuttingDown."""
         return await asyncio.wrap_future(self._worker.submit(rows).future)
+
+    async def _encode(
+        self, inputs: Sequence[TextInput], reserved: int, windowed: bool, aligned: bool, *, truncate: bool
+    ) -> list[list[Encoding]]:
+        def encode() -> list[list[Encoding]]:
+            if windowed:
+                return self._tokenizer.windows(inputs, overlap=OVERLAP, max_windows=MAX_WINDOWS, reserved=reserved)
+            encodings = self._tokenizer.encode(inputs, truncate=truncate, reserved=reserved, aligned=aligned)
+            return [[encoding] for encoding in encodings]
+
+        return await self._compute(encode)
+
+    async def _read(
+        self,
+        job: Job,
+        inputs: Sequence[TextInput],
+        windows: Sequence[Sequence[Encoding]],
+        answers: Sequence[Any],
+        pooling: WindowPooling,
+    ) -> list[Prediction]:
+        if _direct(job, windows):
+            return list(answers)
+
+        def read() -> list[Prediction]:
+            outputs = iter(answers)
+            return [
+                job.adapter.read(text, [Window(one, next(outputs)) for one in own], job.options, pooling)
+                for text, own in zip(inputs, windows, strict=True)
+            ]
+
+        return await self._compute(read)
+
+    async def _compute(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
+
+
+def _check(job: Job, inputs: Sequence[TextInput], cut: Cut) -> None:
+    task, labels = job.adapter.task, len(job.adapter.labels)
+    if cut.long is not None and not task.windowable:
+        raise InvalidRequest(f"long: an adapter for {task.name} needs its texts in one piece", param="long")
+    for index, text in enumerate(inputs):
+        try:
+            task.check_input(text)
+        except InvalidRequest as error:
+            raise InvalidRequest(f"inputs.{index}: {error.message}", param=f"inputs.{index}.{error.param}") from error
+    top_k = getattr(job.options, "top_k", None)
+    scores = len(inputs) * min(top_k or labels, labels)
+    if isinstance(task, PooledTask) and scores > MAX_SCORES:
+        raise TooLarge(
+            f"{len(inputs)} inputs and {labels} labels make {scores} scores, at most {MAX_SCORES} fit an answer; ask "
+            "for fewer labels with top_k, or send fewer inputs",
+            param="top_k",
+            code="too_many_scores",
+        )
+
+
+def _windowed(job: Job, cut: Cut) -> bool:
+    return cut.long is not None or (job.adapter.task.windowed and cut.truncate)
+
+
+def _direct(job: Job, windows: Sequence[Sequence[Encoding]]) -> bool:
+    """Whether each input is one row, whose output alone makes the answer: the device's thread reads it at once."""
+    return isinstance(job.adapter.task, PooledTask) and all(len(own) == 1 for own in windows)
+
+
+def _rows(job: Job, windows: Sequence[Sequence[Encoding]]) -> list[Row]:
+    options = job.options if _direct(job, windows) else None
+    return [Row(text, job.adapter, options) for own in windows for text in own]

@@ -32,13 +32,14 @@ class Prover:
         golden = manifest.golden
         texts = golden.texts if golden else SMOKE_TEXTS
         try:
-            encoded = await self._pipeline.encode(texts, adapter, truncate=True)
-            outputs = await self._pipeline.run(encoded, adapter, raw=True)
+            outputs = await self._pipeline.outputs(texts, adapter)
         except NotFiniteOutput as error:
             raise InvalidAdapter(
                 "the adapter's weights are too large: its outputs are not finite", param="files", code="not_finite"
             ) from error
-        return check_golden(golden, outputs, self._backbone.dtype_name) if golden else None
+        if golden is None:
+            return None
+        return check_golden(golden, [output.flatten().tolist() for output in outputs], self._backbone.dtype_name)
 
     async def report(
         self,

@@ -176,7 +176,7 @@ class Publisher:
                         current = await gate.measure(self._pipeline, other, data)
         except BROKEN as error:
             log.warning("what serves cannot be compared", adapter=name, error=error.message)
-        comparison = Comparison(candidate, current)
+        comparison = Comparison(candidate, current, adapter.task.decisive)
         if comparison.worse and upload.release and not upload.force:
             raise gate.refusal(comparison)
         return comparison

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone
-from server.core import Encoding
+from server.core import Encoding, Options
 from server.errors import NotFiniteOutput
 from server.tasks.adapter import TaskAdapter
 from server.tasks.base import Outputs
@@ -22,10 +22,8 @@ class Row:
 
     text: Encoding
     adapter: TaskAdapter
-    top_k: int | None = None
-    """Labels wanted, the best ones; all of them if None."""
-    raw: bool = False
-    """Wants the head's raw outputs, a list of floats, instead of a prediction."""
+    options: Options | None = None
+    """What is wanted of the answer; None: the head's raw outputs, for whoever reads them elsewhere."""
 
     @property
     def tokens(self) -> int:
@@ -33,9 +31,9 @@ class Row:
         return len(self.text) + self.adapter.weights.framing.virtual_tokens
 
     @property
-    def run(self) -> tuple[str, int, bool, int]:
-        """Rows with the same key run as one and are decoded alike; adapters of one form come side by side."""
-        return self.adapter.weights.form, id(self.adapter), self.raw, self.top_k or 0
+    def run(self) -> tuple[str, int, int]:
+        """Rows with the same key run as one; adapters of one form come side by side, and so do rows read alike."""
+        return self.adapter.weights.form, id(self.adapter), hash(self.options)
 
 
 class Runner:
@@ -47,7 +45,10 @@ class Runner:
 
     @torch.inference_mode()
     def run(self, rows: Sequence[Row]) -> list[Any]:
-        """One answer per row, in the rows' order. Raises if any of them cannot be computed."""
+        """One answer per row, in the rows' order: a prediction, or raw outputs, float32 on the CPU.
+
+        Raises if any of them cannot be computed.
+        """
         answers: list[Any] = [None] * len(rows)
         for chunk in self._backbone.chunks([row.text for row in rows], [row.adapter.weights for row in rows]):
             order = sorted(chunk, key=lambda index: rows[index].run)
@@ -59,7 +60,7 @@ class Runner:
         """One forward over rows whose adapters' runs are contiguous."""
         runs: list[tuple[Row, int, int]] = []  # a row that stands for its run, first text, one past the last
         start = 0
-        for _, group in groupby(rows, key=lambda row: row.run):
+        for _, group in groupby(rows, key=lambda row: (id(row.adapter), row.options)):
             members = list(group)
             runs.append((members[0], start, start + len(members)))
             start += len(members)
@@ -72,8 +73,7 @@ class Runner:
             values = _fetched(output)
             if not bool(torch.isfinite(values if isinstance(values, Tensor) else torch.cat(values)).all()):
                 raise NotFiniteOutput("the adapter's outputs are not finite for this text")
-            decode = row.adapter.task.decode
-            answers += [text.tolist() for text in values] if row.raw else decode(values, row.adapter.labels, row.top_k)
+            answers += list(values) if row.options is None else row.adapter.decode(values, row.options)
         return answers
 
 

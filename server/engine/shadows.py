@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from server.core import Prediction
-from server.engine.pipeline import Pipeline
+from server.core import Options, Prediction, TextInput
+from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.residency import Residency
 from server.errors import AdapterdError, Overloaded, TooLarge
 from server.logs import get_logger
@@ -26,9 +26,10 @@ class Answered:
     """A request that a version has answered."""
 
     name: str
-    texts: Sequence[str]
+    texts: Sequence[TextInput]
+    cut: Cut
+    options: Options
     task: AnyTask
-    top_k: int | None
     predictions: Sequence[Prediction]
 
 
@@ -58,8 +59,8 @@ class Shadows:
     async def _compare(self, answered: Answered, version: str) -> None:
         try:
             async with self._residency.lease(answered.name, version) as adapter:
-                texts = await self._pipeline.encode(answered.texts, adapter, truncate=True)
-                shadows: list[Prediction] = await self._pipeline.run(texts, adapter, top_k=answered.top_k)
+                job = Job(adapter, answered.options)
+                [shadow] = await self._pipeline.answer([job], answered.texts, replace(answered.cut, truncate=True))
         except (Overloaded, TooLarge):
             self._count(answered, version, "skipped", len(answered.texts))
         except AdapterdError as error:
@@ -69,9 +70,9 @@ class Shadows:
             log.exception("shadow failed", adapter=answered.name, version=version)
             self._count(answered, version, "failed", len(answered.texts))
         else:
-            agreed = sum(map(answered.task.agrees, answered.predictions, shadows))
+            agreed = sum(map(answered.task.agrees, answered.predictions, shadow.predictions))
             self._count(answered, version, "agreed", agreed)
-            self._count(answered, version, "disagreed", len(shadows) - agreed)
+            self._count(answered, version, "disagreed", len(shadow.predictions) - agreed)
 
     def _count(self, answered: Answered, version: str, outcome: str, texts: int) -> None:
         if texts:

@@ -152,11 +152,9 @@ class Tables:
         }
         if answer.evaluation is not None:
             candidate, current = answer.evaluation.candidate, answer.evaluation.current
-            facts["measured"] = (
-                f"accuracy {candidate.accuracy:.4f}, macro F1 {candidate.macro_f1:.4f} on {candidate.rows} texts"
-            )
+            facts["measured"] = f"{_metrics(candidate.metrics)} on {candidate.rows} rows"
             if current is not None:
-                facts["before"] = f"accuracy {current.accuracy:.4f}, macro F1 {current.macro_f1:.4f}"
+                facts["before"] = _metrics(current.metrics)
         facts["released"] = "no" if answer.release is None else f"release {answer.release}"
         self._facts(facts)
 
@@ -287,6 +285,10 @@ def _known(fact: bool | None) -> str:
 
 def _yes(fact: bool) -> str:
     return "yes" if fact else "no"
+
+
+def _metrics(metrics: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
 
 
 def _time(moment: datetime) -> str:

@@ -65,7 +65,10 @@ class TrainedOn(_Frozen):
 
 
 class Golden(_Frozen):
-    """A few texts with the raw outputs that the trainer saw for them: whoever serves the adapter can check."""
+    """A few texts with the raw outputs that the trainer saw for them: whoever serves the adapter can check.
+
+    The task says what input it makes of a text; outputs of its tokens follow one another.
+    """
 
     texts: Annotated[tuple[Annotated[str, Field(max_length=10_000)], ...], Field(min_length=1, max_length=32)]
     outputs: tuple[tuple[FiniteFloat, ...], ...]

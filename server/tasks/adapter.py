@@ -20,11 +20,12 @@ from server.adapters.base import (
     compacted,
     memory,
 )
-from server.core import BackboneSpec, SiteKind
+from server.core import BackboneSpec, Options, Prediction, SiteKind, TextInput, WindowPooling
 from server.errors import InvalidAdapter
 from server.tasks import TASKS
-from server.tasks.base import AnyTask
+from server.tasks.base import AnyTask, Outputs, Window
 from server.tasks.head import HEAD, HeadConfig
+from server.tasks.pooled import PooledTask
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -42,6 +43,16 @@ class TaskAdapter:
     labels: tuple[str, ...]
     nbytes: int
     """Memory that it holds."""
+
+    def decode(self, outputs: Outputs, options: Options) -> list[Any]:
+        """Raw outputs [texts, outputs] as answers. Raises TypeError for a task that takes more to read its outputs."""
+        if not isinstance(self.task, PooledTask) or not isinstance(outputs, Tensor):
+            raise TypeError(f"outputs of {self.task.name} are read with their texts")
+        return self.task.decode(outputs, self.config, self.labels, options)
+
+    def read(self, text: TextInput, windows: Sequence[Window], options: Options, pooling: WindowPooling) -> Prediction:
+        """The answer to one input from its windows."""
+        return self.task.read(text, windows, self.config, self.labels, options, pooling)
 
     def compact(self) -> "TaskAdapter":
         """The same in one piece of memory; see base.compacted."""

@@ -1,4 +1,4 @@
-"""What a task is: the head on top of the backbone's states, its loss, how outputs read as answers, and how good they are."""
+"""What a task is: a head on the backbone's states, its loss, how outputs read as answers, and how good they are."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.states import TextStates
-from server.core import BackboneSpec, Encoding, Options, Prediction, Route, TextInput, WindowPooling
+from server.core import Alignment, BackboneSpec, Encoding, Options, Prediction, Route, TextInput, WindowPooling
 from server.errors import InvalidAdapter, InvalidRequest
 from server.tasks import head as heads
 from server.tasks.examples import Example
@@ -92,6 +92,14 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
         if text.spans:
             raise InvalidRequest(f"an adapter for {self.name} does not read spans", param="spans")
 
+    def check_options(self, config: ConfigT, options: OptionsT, spec: BackboneSpec) -> None:
+        """Raises InvalidRequest, `param` naming the option, for what an adapter cannot give. Here: all is well."""
+        return None
+
+    def sample(self, text: str) -> TextInput:
+        """An input that it can answer, made of a text: for smoke tests and golden samples."""
+        return TextInput(text)
+
     @abstractmethod
     def read(
         self,
@@ -158,6 +166,13 @@ def need_labels(task: AnyTask, labels: Sequence[str], at_least: int) -> None:
         raise InvalidAdapter(
             f"{task.name} needs at least {at_least} labels, not {len(labels)}", param="labels", code="invalid_labels"
         )
+
+
+def aligned(encoding: Encoding) -> Alignment:
+    """Where the tokens of an encoding come from, which those for tasks that are `aligned` say."""
+    if encoding.alignment is None:
+        raise ValueError("the encoding is not aligned")
+    return encoding.alignment
 
 
 def token_layers(head: Layers, states: TextStates, start: int, end: int) -> list[Tensor]:

@@ -1,0 +1,123 @@
+"""The routes of tasks: /classify /tag /answer /embed, each with the adapter in the payload."""
+
+from typing import Any, TypeVar
+
+from asgi_correlation_id import correlation_id
+from fastapi import APIRouter
+
+from server.api.deps import EngineDep, SettingsDep
+from server.api.errors import RESPONSES
+from server.api.task_schemas import (
+    Answer,
+    AnswerAnswer,
+    AnswerAnswers,
+    AnswerBody,
+    Answers,
+    ClassifyAnswer,
+    ClassifyAnswers,
+    ClassifyBody,
+    EmbedAnswer,
+    EmbedAnswers,
+    EmbedBody,
+    TagAnswer,
+    TagAnswers,
+    TagBody,
+    TaskBody,
+    Usage,
+)
+from server.core import Route, TaskAnswer, TaskRequest
+from server.engine.engine import Engine
+from server.errors import InvalidRequest, TooLarge
+from server.settings import Settings
+
+router = APIRouter(tags=["tasks"], responses=RESPONSES)
+
+AnswerT = TypeVar("AnswerT", bound=Answer[Any])
+AnswersT = TypeVar("AnswersT", bound=Answers[Any])
+
+
+@router.post(Route.CLASSIFY.path)
+async def classify(body: ClassifyBody, engine: EngineDep, settings: SettingsDep) -> ClassifyAnswer | ClassifyAnswers:
+    """Classify texts, pairs of texts or marked pieces of them, or measure them, with the adapter that is named."""
+    return rendered(body, await ask(body, Route.CLASSIFY, engine, settings), ClassifyAnswer, ClassifyAnswers)
+
+
+@router.post(Route.TAG.path)
+async def tag(body: TagBody, engine: EngineDep, settings: SettingsDep) -> TagAnswer | TagAnswers:
+    """Find entities in texts."""
+    return rendered(body, await ask(body, Route.TAG, engine, settings), TagAnswer, TagAnswers)
+
+
+@router.post(Route.ANSWER.path)
+async def answer(body: AnswerBody, engine: EngineDep, settings: SettingsDep) -> AnswerAnswer | AnswerAnswers:
+    """Answer questions with pieces of the texts that come with them."""
+    return rendered(body, await ask(body, Route.ANSWER, engine, settings), AnswerAnswer, AnswerAnswers)
+
+
+@router.post(Route.EMBED.path)
+async def embed(body: EmbedBody, engine: EngineDep, settings: SettingsDep) -> EmbedAnswer | EmbedAnswers:
+    """Make vectors of texts, with an adapter or with the backbone alone."""
+    return rendered(body, await ask(body, Route.EMBED, engine, settings), EmbedAnswer, EmbedAnswers)
+
+
+async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) -> list[TaskAnswer]:
+    """What the adapters of a body say. Raises InvalidRequest, TooLarge and whatever the engine does."""
+    return await run(
+        TaskRequest(
+            route=route,
+            adapters=_adapters(body, route),
+            inputs=body.items(),
+            options=body.options(),
+            truncate=body.truncate,
+            long=body.cut(),
+            version=body.version,
+            routing_key=body.routing_key if body.routing_key is not None else correlation_id.get() or "",
+        ),
+        engine,
+        settings,
+    )
+
+
+async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[TaskAnswer]:
+    """The engine's answers to a request that is no larger than it may be."""
+    rows = len(request.inputs) * max(len(request.adapters), 1)
+    if rows > settings.max_inputs:
+        times = f" for {len(request.adapters)} adapters" if len(request.adapters) > 1 else ""
+        raise TooLarge(
+            f"{len(request.inputs)} inputs{times} in one request, at most {settings.max_inputs} are taken",
+            param="inputs",
+            code="too_many_inputs",
+        )
+    return await engine.run(request)
+
+
+def rendered(body: TaskBody, answers: list[TaskAnswer], one: type[AnswerT], many: type[AnswersT]) -> AnswerT | AnswersT:
+    """The answer of the adapter, or of each of the adapters, that the body names."""
+    made = [
+        one(
+            adapter=answer.ref.name if answer.ref else None,
+            version=answer.ref.version if answer.ref else None,
+            release=answer.ref.release if answer.ref else None,
+            backbone=answer.backbone,
+            predictions=list(answer.predictions),
+            truncated=answer.truncated,
+            windows=answer.windows,
+            usage=Usage(tokens=answer.tokens),
+        )
+        for answer in answers
+    ]
+    return many(answers=made) if body.adapters is not None else made[0]
+
+
+def _adapters(body: TaskBody, route: Route) -> tuple[str, ...]:
+    if body.adapters is None:
+        if body.adapter is None and route is not Route.EMBED:
+            raise InvalidRequest("adapter: Field required", param="adapter")
+        return () if body.adapter is None else (body.adapter,)
+    if body.adapter is not None:
+        raise InvalidRequest("adapters: either adapter or adapters is taken, not both", param="adapters")
+    if len(set(body.adapters)) < len(body.adapters):
+        raise InvalidRequest("adapters: a name occurs twice", param="adapters")
+    if body.version is not None:
+        raise InvalidRequest("version: adapters have no version in common", param="version")
+    return tuple(body.adapters)
