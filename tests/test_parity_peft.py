@@ -74,6 +74,35 @@ def test_each_text_alone(family: str, case: Case, backbone_of: BackboneOf) -> No
     check_parity(backbone_of(family), peft.trained(family, case))
 
 
+TASKS_OF = {"TOKEN_CLS": "tagging", "QUESTION_ANS": "question_answering", "FEATURE_EXTRACTION": "embedding"}
+
+
+@pytest.mark.parametrize(("task", "family", "case"), peft.OTHER_CASES, ids=case_id)
+def test_heads_of_tokens_and_vectors(task: str, family: str, case: Case, backbone_of: BackboneOf) -> None:
+    backbone, checkpoint = backbone_of(family), peft.trained(family, case, task)
+    changed = [(one - other).abs().max() for one, other in zip(checkpoint.logits, checkpoint.bare, strict=True)]
+    assert max(changed) > VISIBLE
+    adapter = load(backbone, checkpoint)
+    assert (adapter.task.name, adapter.labels) == (TASKS_OF[task], checkpoint.labels or ())
+    for text, expected in zip(peft.TEXTS, checkpoint.logits, strict=True):
+        torch.testing.assert_close(run(backbone, [(text, adapter)])[0].logits, expected, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("family", peft.EVERY)
+def test_heads_of_every_kind_in_one_batch(family: str, backbone_of: BackboneOf) -> None:
+    backbone = backbone_of(family)
+    rows, expected = [], []
+    for task in ("SEQ_CLS", *peft.OTHER_TASKS):
+        checkpoint = peft.trained(family, peft.CASES[0], task)
+        adapter = load(backbone, checkpoint)
+        rows += [(text, adapter) for text in peft.TEXTS]
+        expected += checkpoint.logits
+    order = sorted(range(len(rows)), key=lambda index: (index % len(peft.TEXTS), index))
+    answers = run(backbone, [rows[index] for index in order])
+    for index, answer in zip(order, answers, strict=True):
+        torch.testing.assert_close(answer.logits, expected[index], rtol=0, atol=LOGITS)
+
+
 @pytest.mark.parametrize("family", peft.EVERY)
 def test_all_of_a_family_in_one_batch(family: str, backbone_of: BackboneOf) -> None:
     backbone = backbone_of(family)

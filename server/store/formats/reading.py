@@ -258,14 +258,12 @@ def check_backbone(where: str, said: Mapping[str, Any], spec: BackboneSpec) -> N
 def problem_task(model: Mapping[str, Any], outputs: int | None) -> str:
     """The task that config.json's problem_type means, given the number of the head's outputs, if that is known.
 
-    A single one is a label that a text has or has not, unless it is a number that was measured: transformers' pipeline
-    takes the sigmoid of it.
+    Where nothing is said, a single one is a label that a text has or has not: transformers' pipeline takes the sigmoid.
     """
     problem = model.get("problem_type")
     if not (problem is None or isinstance(problem, str)) or problem not in PROBLEM_TASKS:
         raise refusal(MODEL_CONFIG, model, "problem_type", ", ".join(name for name in PROBLEM_TASKS if name))
-    task = PROBLEM_TASKS[problem]
-    return "multi_label_classification" if task == "classification" and outputs == 1 else task
+    return "multi_label_classification" if problem is None and outputs == 1 else PROBLEM_TASKS[problem]
 
 
 def by_index(document: Mapping[str, Any], where: str) -> list[Any] | None:
