@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import peft_references as peft
 import pytest
@@ -21,6 +22,7 @@ from transformers import (
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
+from server.convert import convert
 from server.core import ClassifyOptions
 from server.errors import InvalidAdapter
 from server.store.formats import read_checkpoint
@@ -321,13 +323,28 @@ def test_the_modules_of_sentence_transformers(bert: Backbone) -> None:
     def head(*kinds: str, **files: object) -> dict:
         return read_checkpoint(vectors(bert, **{"modules.json": modules(*kinds), **files}), None, bert).manifest.head
 
-    assert head("Transformer", "Pooling", "Normalize") == {"pooling": "mean", "normalize": True}
-    assert head("Transformer", "Pooling") == {"pooling": "mean", "normalize": False}
-    cls = {"pooling_mode": "cls"}
-    assert head("Transformer", "Pooling", **{POOLING: cls}) == {"pooling": "cls", "normalize": False}
+    cls = {POOLING: {"pooling_mode": "cls"}}
+    assert head("Transformer", "Pooling", "Normalize", **cls) == {"pooling": "cls", "normalize": True}
+    assert head("Transformer", "Pooling", **cls) == {"pooling": "cls", "normalize": False}
     # where the folder of the pooling is, modules.json says
-    moved = head("Transformer", "Normalize", "Pooling", **{POOLING: cls, "2_Pooling/config.json": {}})
+    moved = head("Transformer", "Normalize", "Pooling", **cls, **{"2_Pooling/config.json": {}})
     assert moved == {"pooling": "mean", "normalize": True}
+    with pytest.raises(InvalidAdapter, match="is missing") as caught:
+        head("Transformer", "Pooling", "Normalize")
+    assert (caught.value.param, caught.value.error_code) == (POOLING, "missing_file")
+
+
+def test_conversion_keeps_the_pooling(bert: Backbone, tmp_path: Path) -> None:
+    files = vectors(bert, **{POOLING: {"pooling_mode": "cls"}, "modules.json": modules("Transformer", "Pooling")})
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "1_Pooling").mkdir(parents=True)
+    for name, data in files.items():
+        if name != TENSORS:
+            (source / name).write_bytes(data)
+    torch.save(safetensors.torch.load(files[TENSORS]), source / "adapter_model.bin")
+    assert POOLING in convert(source, target)
+    converted = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    assert read_checkpoint(converted, None, bert).version == read_checkpoint(files, None, bert).version
 
 
 @pytest.mark.parametrize(

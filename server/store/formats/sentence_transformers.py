@@ -35,17 +35,17 @@ def describes(files: Mapping[str, bytes]) -> bool:
 def embedding(files: Mapping[str, bytes], labels: Sequence[str] | None) -> Head:
     """The task of an adapter without a head: vectors of length 1, means over the tokens unless the files differ.
 
-    Raises InvalidAdapter naming the option for a pooling that is not known, and for a module after it.
+    Raises InvalidAdapter naming the option for a pooling that is not known and for another kind of module, and naming
+    the file of a pooling that modules.json speaks of where it is missing.
     """
     refuse_labels(labels, "a checkpoint without a head gives vectors, which")
-    folder, normalize = CONFIG, True
+    options, normalize = [CONFIG] if CONFIG in files else [], True
     if MODULES in files:
         modules = [(_kind(module), module) for module in read_json_list(files, MODULES)]
-        paths = [f"{module.get('path')}/config.json" for kind, module in modules if kind == "Pooling"]
-        folder = paths[0] if paths else CONFIG
+        options = [f"{module.get('path')}/config.json" for kind, module in modules if kind == "Pooling"]
         normalize = any(kind == "Normalize" for kind, _ in modules)
-    pooling = _pooling(folder, read_json(files, folder)) if folder in files else Pooling.MEAN
-    return Head("embedding", {"pooling": pooling, "normalize": normalize}, ())
+    poolings = [_pooling(file, read_json(files, file)) for file in options]
+    return Head("embedding", {"pooling": poolings[0] if poolings else Pooling.MEAN, "normalize": normalize}, ())
 
 
 def _kind(module: Any) -> str:
