@@ -28,14 +28,14 @@ MAX_TENSORS = 20_000
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
-    label, count = Counter(labels).most_common(1)[0]
-    if count > 1:
-        raise ValueError(f"label {label!r} occurs {count} times")
+    for label, count in Counter(labels).most_common(1):
+        if count > 1:
+            raise ValueError(f"label {label!r} occurs {count} times")
     return labels
 
 
 Label = Annotated[str, Field(min_length=1, max_length=256), AfterValidator(check_text)]
-Labels = Annotated[tuple[Label, ...], Field(min_length=1, max_length=10_000), AfterValidator(_distinct)]
+Labels = Annotated[tuple[Label, ...], Field(max_length=10_000), AfterValidator(_distinct)]
 
 
 class _Frozen(BaseModel):
@@ -103,6 +103,7 @@ class Manifest(_Frozen):
     head: dict[str, JsonValue] = Field(default_factory=dict)
     """The head's options; the task checks them."""
     labels: Labels
+    """The task checks how many there have to be; some have none."""
     backbone: TrainedOn = TrainedOn()
     source: str
     """The library that made it, e.g. `peft 0.18.0`."""

@@ -2,10 +2,20 @@
 
 from server.tasks.base import AnyTask
 from server.tasks.classification import Classification
+from server.tasks.embedding import Embedding
 from server.tasks.multi_label import MultiLabelClassification
 from server.tasks.regression import Regression
+from server.tasks.relation_extraction import RelationExtraction
 from server.tasks.tagging import Tagging
 
 TASKS: dict[str, AnyTask] = {
-    task.name: task for task in (Classification(), MultiLabelClassification(), Regression(), Tagging())
+    task.name: task
+    for task in (
+        Classification(),
+        MultiLabelClassification(),
+        Regression(),
+        RelationExtraction(),
+        Tagging(),
+        Embedding(),
+    )
 }

@@ -51,6 +51,8 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
     """Whether reading its outputs takes the places of the tokens in the text."""
     windowed: ClassVar[bool] = False
     """Whether long texts are run in windows unless the request says otherwise; else they are cut."""
+    windowable: ClassVar[bool] = True
+    """Whether long texts can be: not where an answer takes places that may lie in different windows."""
     measured: ClassVar[Options]
     """The options under which it is measured."""
     decisive: ClassVar[Mapping[str, int]]

@@ -1,6 +1,7 @@
 """Single-label classification of texts and of pairs of texts: a head on a pooled vector, softmax over the labels."""
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -8,30 +9,25 @@ from torch import Tensor
 
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
 from server.tasks import metrics
-from server.tasks.base import need_labels
+from server.tasks.base import ConfigT, HeadT, need_labels
 from server.tasks.examples import LabelledText
 from server.tasks.metrics import Report
-from server.tasks.pooled import PooledConfig, TextTask
+from server.tasks.pooled import PooledConfig, PooledHead, PooledTask, TextTask
+
+ExampleT = TypeVar("ExampleT", bound=LabelledText)
 
 
-class Classification(TextTask[PooledConfig, ClassifyOptions, LabelledText]):
-    """One label per text."""
+class SingleLabel(PooledTask[ConfigT, HeadT, ClassifyOptions, ExampleT]):
+    """One label per text, whatever the head reads: softmax over outputs [texts, labels]."""
 
-    name = "classification"
     route = Route.CLASSIFY
     options = ClassifyOptions
-    example = LabelledText
     prediction = list[LabelScore]
     measured = ClassifyOptions(top_k=1)
     decisive = {"accuracy": 1, "macro_f1": 1}
 
-    def check(self, config: PooledConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
-        """At least two labels."""
-        need_labels(self, labels, 2)
-        super().check(config, labels, spec)
-
     def decode(
-        self, outputs: Tensor, config: PooledConfig, labels: Sequence[str], options: ClassifyOptions
+        self, outputs: Tensor, config: ConfigT, labels: Sequence[str], options: ClassifyOptions
     ) -> list[list[LabelScore]]:
         """The labels of each row of [texts, labels], best first; equal scores keep the order of the labels."""
         scores, order = ranked(activated(outputs, options.activation or Activation.SOFTMAX), options.top_k)
@@ -44,7 +40,7 @@ class Classification(TextTask[PooledConfig, ClassifyOptions, LabelledText]):
         """Whether the best labels are the same one."""
         return [score.label for score in one[:1]] == [score.label for score in other[:1]]
 
-    def targets(self, examples: Sequence[LabelledText], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
+    def targets(self, examples: Sequence[ExampleT], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
         """Label indices [texts]."""
         index = {label: i for i, label in enumerate(labels)}
         return torch.tensor([index[example.label] for example in examples])
@@ -53,9 +49,23 @@ class Classification(TextTask[PooledConfig, ClassifyOptions, LabelledText]):
         """Cross entropy."""
         return F.cross_entropy(outputs, targets)
 
-    def measure(self, examples: Sequence[LabelledText], predictions: Sequence[Sequence[LabelScore]]) -> Report:
+    def measure(self, examples: Sequence[ExampleT], predictions: Sequence[Sequence[LabelScore]]) -> Report:
         """`accuracy` and `macro_f1`."""
         return metrics.single_label([example.label for example in examples], [best[0].label for best in predictions])
+
+
+class Classification(
+    SingleLabel[PooledConfig, PooledHead, LabelledText], TextTask[PooledConfig, ClassifyOptions, LabelledText]
+):
+    """One label per text, read from a pooled vector."""
+
+    name = "classification"
+    example = LabelledText
+
+    def check(self, config: PooledConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
+        """At least two labels."""
+        need_labels(self, labels, 2)
+        super().check(config, labels, spec)
 
 
 def activated(outputs: Tensor, activation: Activation) -> Tensor:
