@@ -169,8 +169,14 @@ class Alignment:
     """Characters of that part."""
     words: tuple[int | None, ...]
     """Which word of that part, as the tokenizer splits it before it looks words up; None: a special token."""
+    continues: tuple[bool, ...]
+    """Whether the token goes on with the word of the one before it, as transformers' token classification decides."""
     skipped: int = 0
     """Tokens of the last part that come before this window."""
+
+    def places(self, part: int) -> list[int]:
+        """Which tokens are of a part."""
+        return [index for index, owner in enumerate(self.parts) if owner == part]
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,12 +27,14 @@ class Tokenizer:
     the object is never changed: texts are encoded whole, cut, and then given their special tokens.
     """
 
-    def __init__(self, fast: FastTokenizer, max_tokens: int) -> None:
-        """`max_tokens` counts the special tokens too."""
+    def __init__(self, fast: FastTokenizer, max_tokens: int, unknown: int | None = None) -> None:
+        """`max_tokens` counts the special tokens too; `unknown` is the id for what is not in the vocabulary."""
         fast.no_padding()
         fast.no_truncation()
         self._fast = fast
         self.max_tokens = max_tokens
+        self._unknown = unknown
+        self._marks_subwords = bool(getattr(fast.model, "continuing_subword_prefix", None))
         self._special = (fast.num_special_tokens_to_add(is_pair=False), fast.num_special_tokens_to_add(is_pair=True))
 
     @classmethod
@@ -47,7 +49,7 @@ class Tokenizer:
             raise BackboneError(f"the tokenizer of {source!r} has no tokenizer.json form, which adapterd needs")
         if len(loaded) <= len(loaded.all_special_ids):  # what transformers makes up where it finds no files
             raise BackboneError(f"no tokenizer can be loaded from {source!r}: it has no vocabulary")
-        return cls(fast, min(max_tokens, loaded.model_max_length))
+        return cls(fast, min(max_tokens, loaded.model_max_length), loaded.unk_token_id)
 
     def encode(
         self, texts: Sequence[str | TextInput], *, truncate: bool, reserved: int = 0, aligned: bool = False
@@ -140,10 +142,32 @@ class Tokenizer:
         alignment: Alignment | None = None
         spans: tuple[Span, ...] = ()
         if aligned or text.spans:
-            found = Alignment(_owners(whole, len(first.ids)), tuple(whole.offsets), tuple(whole.word_ids), skipped)
+            found = self._aligned(text, parts, whole, skipped)
             spans = tuple(_tokens(found, index, number, span) for number, span in enumerate(text.spans))
             alignment = found if aligned else None
         return Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated, spans, alignment)
+
+    def _aligned(self, text: TextInput, parts: Sequence[RawEncoding], whole: RawEncoding, skipped: int) -> Alignment:
+        owners = _owners(whole, len(parts[0].ids))
+        # The parts' own offsets: a post-processor that takes spaces off a token's ends does so again each time it runs.
+        own = [iter(part.offsets) for part in parts]
+        offsets = tuple((0, 0) if owner is None else next(own[owner]) for owner in owners)
+        texts = (text.text, text.pair or "")
+        continues = tuple(
+            owner is not None and self._continues(texts[owner], span, token, id_)
+            for owner, span, token, id_ in zip(owners, offsets, whole.tokens, whole.ids, strict=True)
+        )
+        return Alignment(owners, offsets, tuple(whole.word_ids), continues, skipped)
+
+    def _continues(self, text: str, span: Span, token: str, id_: int) -> bool:
+        """The rule of `TokenClassificationPipeline.gather_pre_entities`: where the vocabulary marks subwords, a token
+        that is longer or shorter than what it stands for; else, one that no space parts from what comes before it."""
+        if id_ == self._unknown:
+            return False
+        start, end = span
+        if self._marks_subwords:
+            return len(token) != end - start
+        return start > 0 and " " not in text[start - 1 : start + 1]
 
     def _parts(self, texts: Sequence[str | TextInput], truncate: bool) -> Iterator[tuple[TextInput, list[RawEncoding]]]:
         """The tokens of each input's text and of its pair, if it has one."""

@@ -4,6 +4,7 @@ from server.tasks.base import AnyTask
 from server.tasks.classification import Classification
 from server.tasks.embedding import Embedding
 from server.tasks.multi_label import MultiLabelClassification
+from server.tasks.question_answering import QuestionAnswering
 from server.tasks.regression import Regression
 from server.tasks.relation_extraction import RelationExtraction
 from server.tasks.tagging import Tagging
@@ -16,6 +17,7 @@ TASKS: dict[str, AnyTask] = {
         Regression(),
         RelationExtraction(),
         Tagging(),
+        QuestionAnswering(),
         Embedding(),
     )
 }

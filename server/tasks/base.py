@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.states import TextStates
-from server.core import BackboneSpec, Encoding, Options, Prediction, Route, TextInput, WindowPooling
+from server.core import Alignment, BackboneSpec, Encoding, Options, Prediction, Route, TextInput, WindowPooling
 from server.errors import InvalidAdapter, InvalidRequest
 from server.tasks import head as heads
 from server.tasks.examples import Example
@@ -170,6 +170,13 @@ def need_labels(task: AnyTask, labels: Sequence[str], at_least: int) -> None:
         raise InvalidAdapter(
             f"{task.name} needs at least {at_least} labels, not {len(labels)}", param="labels", code="invalid_labels"
         )
+
+
+def aligned(encoding: Encoding) -> Alignment:
+    """Where the tokens of an encoding come from, which those for tasks that are `aligned` say."""
+    if encoding.alignment is None:
+        raise ValueError("the encoding is not aligned")
+    return encoding.alignment
 
 
 def token_layers(head: Layers, states: TextStates, start: int, end: int) -> list[Tensor]:

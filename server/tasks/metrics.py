@@ -1,9 +1,14 @@
 """How good answers are."""
 
 import math
+import re
+import string
 from collections import Counter
 from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = frozenset(string.punctuation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,19 @@ def regression(expected: Sequence[Sequence[float]], predicted: Sequence[Sequence
     return Report(len(expected), {"pearson": _mean(pearsons), "rmse": math.sqrt(_mean(squares))})
 
 
+def answers(expected: Sequence[Sequence[str]], predicted: Sequence[str]) -> Report:
+    """Texts that answer questions, by SQuAD 2.0's script: `exact` and `f1` over words, each against the right answer
+    that is nearest. Case, punctuation, articles and spaces do not count; an empty text is no answer."""
+    _some(expected)
+    exact, f1 = [], []
+    for right, answer in zip(expected, predicted, strict=True):
+        words = _words(answer)
+        wanted = [one for one in map(_words, right) if one] or [[]]
+        exact.append(float(words in wanted))
+        f1.append(max(_overlap(one, words) for one in wanted))
+    return Report(len(expected), {"exact": _mean(exact), "f1": _mean(f1)})
+
+
 def f1_of(expected: Sequence[Collection[Hashable]], predicted: Sequence[Collection[Hashable]]) -> float:
     """Micro F1 of sets of things, row by row: 2 TP / (2 TP + FP + FN); 1 where there is nothing to find or found."""
     hits = sum(len(set(one) & set(other)) for one, other in zip(expected, predicted, strict=True))
@@ -64,6 +82,18 @@ def f1_by_name(expected: Sequence[Collection[str]], predicted: Sequence[Collecti
     # Of a label, F1 = 2 TP / (2 TP + FP + FN); the denominator is how often it was expected plus predicted.
     counts = Counter(name for row in (*expected, *predicted) for name in set(row))
     return {name: 2 * hits[name] / counts[name] for name in sorted(counts)}
+
+
+def _words(text: str) -> list[str]:
+    plain = "".join(character for character in text.lower() if character not in PUNCTUATION)
+    return ARTICLES.sub(" ", plain).split()
+
+
+def _overlap(one: Sequence[str], other: Sequence[str]) -> float:
+    """F1 of two bags of words; of an empty one, whether the other is empty too."""
+    if not one or not other:
+        return float(one == other)
+    return 2 * (Counter(one) & Counter(other)).total() / (len(one) + len(other))
 
 
 def _pearson(one: Sequence[float], other: Sequence[float]) -> float:

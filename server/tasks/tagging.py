@@ -1,20 +1,38 @@
 """Tagging: a label for each token of a text, and the entities that they make."""
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Self
+from itertools import pairwise
+from statistics import fmean
+from typing import NamedTuple, Self
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
 from server.adapters.states import TextStates
-from server.core import Aggregation, BackboneSpec, Encoding, Entity, Route, TagOptions, TextInput, WindowPooling
+from server.core import (
+    Aggregation,
+    BackboneSpec,
+    Encoding,
+    Entity,
+    Route,
+    Span,
+    TagOptions,
+    TextInput,
+    WindowPooling,
+)
+from server.errors import InvalidRequest
 from server.tasks import head as heads
-from server.tasks.base import LayeredTask, Window, need_labels, token_layers
+from server.tasks import spans
+from server.tasks.base import LayeredTask, Window, aligned, need_labels, token_layers
 from server.tasks.examples import Example, Label
 from server.tasks.head import Layers, LayersConfig
 from server.tasks.metrics import Report
+
+Scores = NDArray[np.float32]
 
 IGNORED = -100
 """The target of a token that does not count, as torch has it."""
@@ -30,6 +48,8 @@ class TaggedTokens(Example):
     def _same_length(self) -> Self:
         if len(self.tokens) != len(self.tags):
             raise ValueError(f"{len(self.tokens)} tokens and {len(self.tags)} tags")
+        if not any(word.strip() for word in self.tokens):
+            raise ValueError("the tokens are blank")  # a server would refuse them
         return self
 
     def inputs(self) -> tuple[TextInput, ...]:
@@ -39,6 +59,32 @@ class TaggedTokens(Example):
     def names(self) -> Collection[str]:
         """The tags."""
         return self.tags
+
+    def places(self) -> list[Span]:
+        """The characters of each word in the text."""
+        places, start = [], 0
+        for word in self.tokens:
+            places.append((start, start + len(word)))
+            start += len(word) + 1
+        return places
+
+
+class _Token(NamedTuple):
+    """A token of the text, as one window shows it."""
+
+    logits: Tensor  # [labels]
+    place: Span
+    continues: bool
+    context: int  # tokens of the text on the side that has fewer
+
+
+class _Piece(NamedTuple):
+    """A token, or a word, with the label that it was given."""
+
+    label: str
+    score: float
+    start: int
+    end: int
 
 
 class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
@@ -51,6 +97,7 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
     example = TaggedTokens
     prediction = list[Entity]
     aligned = True
+    windowed = True  # an entity that is missing in silence is worse than a slow answer
     measured = TagOptions(Aggregation.NONE)
     decisive = {"f1": 1}
 
@@ -66,6 +113,12 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         """Logits [tokens, labels] of each text, of its own tokens alone."""
         return token_layers(head, states, start, end)
 
+    def check_input(self, text: TextInput) -> None:
+        """One text alone."""
+        super().check_input(text)
+        if text.pair:
+            raise InvalidRequest(f"an adapter for {self.name} reads one text, not a pair", param="text_pair")
+
     def read(
         self,
         text: TextInput,
@@ -75,18 +128,113 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         options: TagOptions,
         pooling: WindowPooling,
     ) -> list[Entity]:
-        raise NotImplementedError
+        """Entities as transformers' TokenClassificationPipeline finds them, in the text's order, with its scores.
+
+        With aggregation `none`: each token, whatever its label. Else what is labelled `O` is left out. Of windows that
+        overlap, each token is read in the one that shows most of the text on both sides of it.
+        """
+        tokens = _tokens(windows)
+        if not tokens:
+            return []
+        rows = torch.stack([token.logits for token in tokens]).softmax(-1).numpy()
+        places = [token.place for token in tokens]
+        if options.aggregation not in (Aggregation.NONE, Aggregation.SIMPLE):
+            words = _words(tokens)
+            rows = np.stack([_of_word(rows[start:end], options.aggregation) for start, end in words])
+            places = [(places[start][0], places[end - 1][1]) for start, end in words]
+        best = rows.argmax(-1)
+        pieces = [
+            _Piece(labels[label], float(row[label]), *place)
+            for row, label, place in zip(rows, best, places, strict=True)
+        ]
+        if options.aggregation is not Aggregation.NONE:
+            pieces = [piece for piece in _joined(pieces) if piece.label != spans.OUTSIDE]
+        return [Entity(*piece, text.text[piece.start : piece.end]) for piece in pieces]
 
     def agrees(self, one: Sequence[Entity], other: Sequence[Entity]) -> bool:
         """Whether the entities are the same."""
         return [(e.label, e.start, e.end) for e in one] == [(e.label, e.start, e.end) for e in other]
 
     def targets(self, examples: Sequence[TaggedTokens], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
-        raise NotImplementedError
+        """Label indices [all tokens of all texts]: a word's tag for its first token, -100 for all other tokens."""
+        index = {label: i for i, label in enumerate(labels)}
+        targets: list[int] = []
+        for example, text in zip(examples, texts, strict=True):
+            row = [IGNORED] * len(text)
+            alignment = aligned(text)
+            tokens = alignment.places(0)
+            firsts = spans.first_overlaps(example.places(), [alignment.offsets[token] for token in tokens])
+            for tag, first in zip(example.tags, firsts, strict=True):
+                if first is not None:  # not cut off
+                    row[tokens[first]] = index[tag]
+            targets += row
+        return torch.tensor(targets)
 
     def loss(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Cross entropy over all tokens; `targets` [tokens] are label indices, -100 for tokens that do not count."""
         return F.cross_entropy(torch.cat(list(outputs)), targets)
 
     def measure(self, examples: Sequence[TaggedTokens], predictions: Sequence[Sequence[Entity]]) -> Report:
-        raise NotImplementedError
+        """`precision`, `recall` and `f1` of entities; a word's tag is that of its first token, `O` if it has none."""
+        tags = [_tags(example, tokens) for example, tokens in zip(examples, predictions, strict=True)]
+        return spans.report([example.tags for example in examples], tags)
+
+
+def _tokens(windows: Sequence[Window]) -> list[_Token]:
+    """The text's tokens in order, each from the window with the most context."""
+    best: dict[int, _Token] = {}
+    for window in windows:
+        alignment = aligned(window.encoding)
+        places = alignment.places(0)
+        for rank, place in enumerate(places):
+            token = _Token(
+                window.output[place],
+                alignment.offsets[place],
+                alignment.continues[place],
+                min(rank, len(places) - 1 - rank),
+            )
+            index = alignment.skipped + rank
+            if index not in best or token.context > best[index].context:
+                best[index] = token
+    return [best[index] for index in sorted(best)]
+
+
+def _words(tokens: Sequence[_Token]) -> list[Span]:
+    """The tokens of each word."""
+    starts = [index for index, token in enumerate(tokens) if index == 0 or not token.continues]
+    return list(pairwise([*starts, len(tokens)]))
+
+
+def _of_word(scores: Scores, aggregation: Aggregation) -> Scores:
+    """The scores [labels] of a word from those of its tokens [tokens, labels]."""
+    row: Scores
+    if aggregation is Aggregation.AVERAGE:
+        row = scores.mean(0)
+    else:
+        row = scores[0 if aggregation is Aggregation.FIRST else scores.max(-1).argmax()]
+    return row
+
+
+def _joined(pieces: Sequence[_Piece]) -> list[_Piece]:
+    """Entities from neighbouring pieces of one type; a piece labelled `B-...` starts one."""
+    groups: list[list[_Piece]] = []
+    for piece in pieces:
+        if groups and not piece.label.startswith("B-") and _type(piece.label) == _type(groups[-1][-1].label):
+            groups[-1].append(piece)
+        else:
+            groups.append([piece])
+    # the name is what follows the first dash, also where what precedes it is no prefix
+    return [
+        _Piece(group[0].label.split("-", 1)[-1], fmean(piece.score for piece in group), group[0].start, group[-1].end)
+        for group in groups
+    ]
+
+
+def _type(label: str) -> str:
+    return label[2:] if label.startswith(("B-", "I-")) else label
+
+
+def _tags(example: TaggedTokens, tokens: Sequence[Entity]) -> list[str]:
+    """The label of each word's first token."""
+    found = spans.first_overlaps(example.places(), [(token.start, token.end) for token in tokens])
+    return [spans.OUTSIDE if index is None else tokens[index].label for index in found]
