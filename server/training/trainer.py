@@ -121,15 +121,17 @@ def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding])
 
 
 def measure(backbone: Backbone, adapter: TaskAdapter, data: Dataset[Any]) -> Report:
-    """Measures an adapter without a server. Texts are cut where a server would cut them."""
-    task = adapter.task
+    """Measures an adapter without a server. Long texts are cut, or run in windows, as a server would do it."""
+    task, tokenizer, reserved = adapter.task, backbone.tokenizer, adapter.weights.framing.positions
     inputs = [text for example in data.examples for text in example.inputs()]
-    encodings = backbone.tokenizer.encode(
-        inputs, truncate=True, reserved=adapter.weights.framing.positions, aligned=task.aligned
-    )
+    if task.windowed:
+        windows = tokenizer.windows(inputs, reserved=reserved)
+    else:
+        windows = [[one] for one in tokenizer.encode(inputs, truncate=True, reserved=reserved, aligned=task.aligned)]
+    answers = iter(_fetched(backbone, adapter, [encoding for own in windows for encoding in own]))
     predictions = [
-        adapter.read(text, [Window(encoding, output)], task.measured, WindowPooling.MEAN)
-        for text, encoding, output in zip(inputs, encodings, _fetched(backbone, adapter, encodings), strict=True)
+        adapter.read(text, [Window(one, next(answers)) for one in own], task.measured, WindowPooling.MEAN)
+        for text, own in zip(inputs, windows, strict=True)
     ]
     return task.measure(data.examples, predictions)
 
