@@ -26,7 +26,7 @@ from server.adapters import METHODS
 from server.adapters.plan import NO_ADAPTERS
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.core import Encoding, Reach, SiteKind
+from server.core import ClassifyOptions, Encoding, Reach, SiteKind
 from server.engine.runner import Row, Runner
 from server.tasks.adapter import Blueprint, TaskAdapter
 
@@ -86,7 +86,7 @@ def make_rows(
     """A text for each of 64 adapters of the methods."""
     chosen = [(method, options) for method in methods for options in VARIANTS.get(method, [{}])]
     adapters, _ = make_adapters(backbone, generator, chosen)
-    return [Row(text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
+    return [Row(text, adapter, ClassifyOptions()) for text, adapter in zip(texts, adapters, strict=True)]
 
 
 def make_peft(texts: list[Encoding], tensors: list[dict[str, Any]], dtype: torch.dtype) -> Callable[[], torch.Tensor]:
@@ -144,8 +144,8 @@ def measure(dtype_name: str, rounds: int) -> dict[str, Any]:
     adapters, tensors = make_adapters(backbone, generator, [LORA])
     runner = Runner(backbone)
     peft = make_peft(texts, tensors, backbone.dtype)
-    mixed_rows = [Row(text, adapter) for text, adapter in zip(texts, adapters, strict=True)]
-    one_rows = [Row(text, adapters[0]) for text in texts]
+    mixed_rows = [Row(text, adapter, ClassifyOptions()) for text, adapter in zip(texts, adapters, strict=True)]
+    one_rows = [Row(text, adapters[0], ClassifyOptions()) for text in texts]
 
     @torch.inference_mode()
     def base() -> torch.Tensor:

@@ -112,11 +112,19 @@ def test_dimensions_are_cut_before_the_length_becomes_one() -> None:
     assert len(TASK.decode(outputs, CONFIG, (), EmbedOptions(dimensions=3))[0]) == 3
 
 
-@pytest.mark.parametrize("dimensions", [0, -1, 4])
-def test_dimensions_that_are_not_there_are_refused(dimensions: int) -> None:
-    with pytest.raises(InvalidRequest, match=f"dimensions is {dimensions}, vectors have 3") as caught:
-        TASK.decode(torch.ones(1, 3), CONFIG, (), EmbedOptions(dimensions=dimensions))
+@pytest.mark.parametrize("dimensions", [0, -1, 33])
+def test_dimensions_that_are_not_there_are_refused(dimensions: int, bert: Backbone) -> None:
+    with pytest.raises(InvalidRequest, match=f"dimensions is {dimensions}, vectors have 32") as caught:
+        TASK.check_options(CONFIG, EmbedOptions(dimensions=dimensions), bert.spec)
     assert caught.value.param == "dimensions"
+    TASK.check_options(CONFIG, EmbedOptions(dimensions=32), bert.spec)
+
+
+def test_an_adapter_brings_its_own_pooling(bert: Backbone) -> None:
+    with pytest.raises(InvalidRequest, match="made for pooling mean, not cls") as caught:
+        TASK.check_options(CONFIG, EmbedOptions(pooling=Pooling.CLS), bert.spec)
+    assert caught.value.param == "pooling"
+    TASK.check_options(CONFIG, EmbedOptions(pooling=Pooling.MEAN), bert.spec)
 
 
 @pytest.mark.parametrize("pooling", WindowPooling)

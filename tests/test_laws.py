@@ -44,7 +44,7 @@ from server.adapters.flow import Flow, Texts
 from server.adapters.plan import AdapterPlan, Prefix, Segment
 from server.backbone.attention import PackedTexts, packed_attention
 from server.backbone.backbone import Backbone, fingerprint
-from server.core import ENCODER_INPUT, ENCODER_OUTPUT, Encoding, Pooling, Reach, Site, SiteKind
+from server.core import ENCODER_INPUT, ENCODER_OUTPUT, ClassifyOptions, Encoding, Pooling, Reach, Site, SiteKind
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Ticket, Worker
@@ -177,7 +177,10 @@ def test_an_adapter_that_overflows_fails_nobody_else(method: str, options: dict,
     blueprint = make_blueprint(bert.spec, method, options, also)
     huge = {name: torch.full(shape, 3e38) for name, shape in blueprint.shapes().items()}
     bad = blueprint.bind(huge, bert)
-    rows = [Row(random_text(9, seed=i), adapter) for i, adapter in enumerate([good[0], bad, good[1], bad, good[2]])]
+    rows = [
+        Row(random_text(9, seed=i), adapter, ClassifyOptions())
+        for i, adapter in enumerate([good[0], bad, good[1], bad, good[2]])
+    ]
     scheduler = Scheduler[QueuedRow](max_batch_tokens=100, max_queue_tokens=100, clock=time.monotonic)
     worker = Worker(Runner(bert), scheduler, Metrics())
     tickets = [Ticket(1) for _ in rows]
@@ -883,9 +886,9 @@ def test_an_adapter_at_a_shared_site_has_the_forward_to_itself(sharing: Backbone
     rows += [(text, None) for text in texts]
     close(run(sharing, rows), [run(sharing, [row])[0] for row in rows], TOLERANCE)
 
-    asked = [Row(text, adapter, raw=True) for text, adapter in rows if adapter]
+    asked = [Row(text, adapter) for text, adapter in rows if adapter]
     each = [Runner(sharing).run([row])[0] for row in asked]
-    torch.testing.assert_close(torch.tensor(Runner(sharing).run(asked)), torch.tensor(each), rtol=0, atol=1e-4)
+    torch.testing.assert_close(Runner(sharing).run(asked), each, rtol=0, atol=1e-4)
 
 
 # Attention with prefixes, against a dense one.
@@ -955,7 +958,9 @@ def test_a_gate_at_a_shared_site_is_each_texts_own(sharing: Backbone, method: st
 def test_answers_of_different_size_share_an_adapter_at_a_shared_site(sharing: Backbone) -> None:
     adapter = random_adapter(sharing, "lora", {"target_modules": ["query_proj"]}, seed=1).bound
     texts = [random_text(length, seed=8) for length in (6, 6, 6)]
-    answers = Runner(sharing).run([Row(text, adapter, top_k) for text, top_k in zip(texts, (1, None, 2), strict=True)])
+    answers = Runner(sharing).run(
+        [Row(text, adapter, ClassifyOptions(top_k)) for text, top_k in zip(texts, (1, None, 2), strict=True)]
+    )
     assert [len(answer) for answer in answers] == [1, 3, 2]
 
 

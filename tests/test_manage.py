@@ -229,9 +229,9 @@ def test_push_only_stores_or_compares_first(ways: Ways, checkpoint: Callable[...
     rows.write_text("".join(json.dumps({"text": text, "label": "ant"}) + "\n" for text in texts))
     scores = ways.json("push", "other", other, "--labels", LABELS, "--eval", str(rows))["evaluation"]
     assert scores["current"] is None
-    better = scores["candidate"]["accuracy"]
+    better = scores["candidate"]["metrics"]["accuracy"]
     tried = ways.json("push", "mood", other, "--labels", LABELS, "--eval", str(rows), "--no-release")
-    serving_now = tried["evaluation"]["current"]["accuracy"]
+    serving_now = tried["evaluation"]["current"]["metrics"]["accuracy"]
     assert better != serving_now, "the two have to differ on these texts"
     if better > serving_now:
         ways.json("release", "mood", tried["version"])

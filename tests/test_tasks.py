@@ -1,6 +1,7 @@
 """The tasks: outputs to answers, losses, heads, and one to train."""
 
 import itertools
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from server.adapters.base import ALIGNMENT, TENSOR_BYTES
 from server.adapters.states import TextStates
 from server.backbone.backbone import Backbone
-from server.core import LabelScore, Pooling
-from server.errors import InvalidAdapter
+from server.core import Activation, ClassifyOptions, LabelScore, Pooling, TextInput, WindowPooling
+from server.errors import InvalidAdapter, InvalidRequest
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint
-from server.tasks.head import hidden_name
+from server.tasks.base import AnyTask, Window
+from server.tasks.head import LayersConfig, hidden_name
 
 TASK = TASKS["classification"]
 MULTI_LABEL = TASKS["multi_label_classification"]
+REGRESSION = TASKS["regression"]
 TAGGING = TASKS["tagging"]
 
 
@@ -36,9 +39,13 @@ def head_tensors(task: str, bert: Backbone, labels: int, **options: object) -> t
     return config, {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
+def decode(task: AnyTask, outputs: Tensor, labels: Sequence[str], head: dict | None = None, **options: object) -> list:
+    return task.decode(outputs, task.Config(**head or {}), labels, task.options(**options))
+
+
 def test_every_label_is_answered_best_first() -> None:
     outputs = torch.tensor([[0.0, 2.0, 1.0], [5.0, -5.0, 0.0]])
-    first, second = TASK.decode(outputs, LABELS[:3])
+    first, second = decode(TASK, outputs, LABELS[:3])
     assert [score.label for score in first] == ["bee", "cat", "ant"]
     assert [score.label for score in second] == ["ant", "cat", "bee"]
     for row, prediction in zip(outputs, (first, second), strict=True):
@@ -50,25 +57,25 @@ def test_every_label_is_answered_best_first() -> None:
 
 def test_equal_scores_keep_the_order_of_the_labels() -> None:
     labels = [f"l{i}" for i in range(100)]
-    (prediction,) = TASK.decode(torch.zeros(1, 100), labels)
+    (prediction,) = decode(TASK, torch.zeros(1, 100), labels)
     assert [score.label for score in prediction] == labels
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_are_float32_whatever_the_outputs_are(dtype: torch.dtype) -> None:
     outputs = torch.tensor([[0.5, 0.25, 4.0]], dtype=dtype)
-    (prediction,) = TASK.decode(outputs, LABELS[:3])
+    (prediction,) = decode(TASK, outputs, LABELS[:3])
     assert sum(score.score for score in prediction) == pytest.approx(1, abs=1e-6)
 
 
 def test_extreme_outputs_stay_probabilities() -> None:
-    (prediction,) = TASK.decode(torch.tensor([[1e30, -1e30, 0.0]]), LABELS[:3])
+    (prediction,) = decode(TASK, torch.tensor([[1e30, -1e30, 0.0]]), LABELS[:3])
     assert [score.score for score in prediction] == [1.0, 0.0, 0.0]
     assert [score.label for score in prediction] == ["ant", "bee", "cat"]
 
 
 def test_no_texts_have_no_answers() -> None:
-    assert TASK.decode(torch.zeros(0, 3), LABELS[:3]) == []
+    assert decode(TASK, torch.zeros(0, 3), LABELS[:3]) == []
 
 
 def test_a_head_reads_its_own_texts_and_its_own_pooling() -> None:
@@ -96,7 +103,7 @@ def test_the_mean_counts_virtual_tokens_and_the_first_may_be_one() -> None:
     torch.testing.assert_close(states.pooled(Pooling.CLS), states.tokens[[0, 5]])
 
 
-@pytest.mark.parametrize("task", ["classification", "multi_label_classification", "tagging"])
+@pytest.mark.parametrize("task", ["classification", "multi_label_classification", "regression", "tagging"])
 @pytest.mark.parametrize(
     "options",
     [
@@ -140,7 +147,10 @@ def test_a_head_is_its_layers_in_order(task: str, options: dict, bert: Backbone)
     torch.testing.assert_close(outputs, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("task", TASKS)
+LAYERED = [name for name, task in TASKS.items() if issubclass(task.Config, LayersConfig)]
+
+
+@pytest.mark.parametrize("task", LAYERED)
 @pytest.mark.parametrize(
     ("options", "param"),
     [
@@ -162,26 +172,106 @@ def test_a_heads_options_are_checked(task: str, options: dict, param: str, bert:
 
 def test_each_label_of_many_has_a_probability_of_its_own() -> None:
     outputs = torch.tensor([[0.0, 3.0, -1.0], [100.0, -100.0, 100.0]])
-    first, second = MULTI_LABEL.decode(outputs, LABELS[:3])
+    first, second = decode(MULTI_LABEL, outputs, LABELS[:3])
     assert [one.label for one in first] == ["bee", "ant", "cat"]
     assert {one.label: one.score for one in first} == pytest.approx(
         dict(zip(LABELS, outputs[0].sigmoid().tolist(), strict=False))
     )
     assert [(one.label, one.score) for one in second] == [("ant", 1.0), ("cat", 1.0), ("bee", pytest.approx(0))]
-    assert [[one.label for one in labels] for labels in MULTI_LABEL.decode(outputs, LABELS[:3], 1)] == [
+    assert [[one.label for one in labels] for labels in decode(MULTI_LABEL, outputs, LABELS[:3], top_k=1)] == [
         ["bee"],
         ["ant"],
     ]
 
 
+def test_a_label_of_many_is_given_from_its_threshold_on() -> None:
+    outputs = torch.tensor([[0.0, 1.0, -1.0]])  # 0.5, 0.73, 0.27
+    own = {"thresholds": (0.6, 0.8, 0.2)}
+
+    def above(head: dict | None = None, **options: object) -> dict[str, bool]:
+        (prediction,) = decode(MULTI_LABEL, outputs, LABELS[:3], head, **options)
+        return {one.label: one.above for one in prediction}
+
+    assert above() == {"ant": True, "bee": True, "cat": False}
+    assert above(own) == {"ant": False, "bee": False, "cat": True}
+    assert above(own, threshold=0.7) == {"ant": False, "bee": True, "cat": False}
+    assert above(own, activation=Activation.NONE) == above(own)
+
+
+def test_thresholds_are_as_many_as_labels(bert: Backbone) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        Blueprint.check(
+            method="head_only",
+            config={},
+            task="multi_label_classification",
+            head={"thresholds": [0.5]},
+            labels=LABELS[:2],
+            spec=bert.spec,
+        )
+    assert caught.value.param == "head.thresholds"
+
+
+def test_numbers_are_answered_as_they_are() -> None:
+    outputs = torch.tensor([[0.5, -3.0], [7.0, 0.0]])
+    first, second = decode(REGRESSION, outputs, ["joy", "fear"])
+    assert first == [LabelScore("joy", 0.5), LabelScore("fear", -3.0)]
+    assert second == [LabelScore("joy", 7.0), LabelScore("fear", 0.0)]
+    assert decode(REGRESSION, outputs, ["joy", "fear"], top_k=1) == [first[:1], second[:1]]
+    (sigmoid,) = decode(REGRESSION, outputs[:1], ["joy", "fear"], activation=Activation.SIGMOID)
+    assert [one.score for one in sigmoid] == pytest.approx(outputs[0].sigmoid().tolist())
+
+
+@pytest.mark.parametrize("activation", Activation)
+def test_a_request_chooses_what_scores_are(activation: Activation) -> None:
+    outputs = torch.tensor([[0.0, 2.0, 1.0]])
+    expected = {"softmax": outputs.softmax(-1), "sigmoid": outputs.sigmoid(), "none": outputs}[activation]
+    for task in (TASK, MULTI_LABEL):
+        (prediction,) = decode(task, outputs, LABELS[:3], activation=activation)
+        assert [one.label for one in prediction] == ["bee", "cat", "ant"]
+        assert [one.score for one in prediction] == pytest.approx(sorted(expected[0].tolist(), reverse=True))
+
+
+@pytest.mark.parametrize("pooling", WindowPooling)
+def test_windows_of_a_text_are_pooled_before_they_are_scored(pooling: WindowPooling) -> None:
+    outputs = torch.tensor([[0.0, 2.0, 1.0], [4.0, -2.0, 0.0], [1.0, 0.0, 0.0]])
+    windows = [Window(random_text(5, seed=0), output) for output in outputs]
+    seen = TASK.read(TextInput("x"), windows, TASK.Config(), LABELS[:3], ClassifyOptions(), pooling)
+    pooled = outputs.mean(0) if pooling == "mean" else outputs.max(0).values
+    assert seen == decode(TASK, pooled[None], LABELS[:3])[0]
+
+
+def test_a_text_without_spans_is_asked_for() -> None:
+    for task in (TASK, MULTI_LABEL, REGRESSION, TAGGING):
+        task.check_input(TextInput("a", "b"))
+        with pytest.raises(InvalidRequest, match="does not read spans"):
+            task.check_input(TextInput("a", spans=((0, 1),)))
+
+
+def test_agreement_is_about_what_the_answer_says() -> None:
+    (one,), (same,), (other,) = (decode(TASK, torch.tensor([row]), LABELS[:2]) for row in ([1, 0], [9, 0], [0, 1]))
+    assert TASK.agrees(one, same)
+    assert not TASK.agrees(one, other)
+    (one,), (same,), (other,) = (
+        decode(MULTI_LABEL, torch.tensor([row]), LABELS[:2]) for row in ([1.0, -1], [9, -2.0], [1.0, 1])
+    )
+    assert MULTI_LABEL.agrees(one, same)
+    assert not MULTI_LABEL.agrees(one, other)
+    (one,), (same,), (other,) = (decode(REGRESSION, torch.tensor([[row]]), ["x"]) for row in (2.0, 2.1, 2.5))
+    assert REGRESSION.agrees(one, same)
+    assert not REGRESSION.agrees(one, other)
+
+
 def test_the_loss_of_many_labels_is_that_of_each() -> None:
     outputs = torch.tensor([[2.0, -1.0], [0.0, 3.0]])
-    targets = torch.tensor([[1, 0], [0, 1]])
+    targets = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
     each = torch.where(targets.bool(), outputs.sigmoid(), 1 - outputs.sigmoid())
     assert MULTI_LABEL.loss(outputs, targets).item() == pytest.approx(-each.log().mean().item())
 
 
-@pytest.mark.parametrize(("task", "enough"), [("classification", 2), ("multi_label_classification", 1), ("tagging", 2)])
+@pytest.mark.parametrize(
+    ("task", "enough"),
+    [("classification", 2), ("multi_label_classification", 1), ("regression", 1), ("tagging", 2)],
+)
 def test_tasks_want_labels_to_choose_from(task: str, enough: int, bert: Backbone) -> None:
     config = TASKS[task].Config()
     TASKS[task].check(config, LABELS[:enough], bert.spec)
@@ -201,17 +291,6 @@ def test_tags_are_of_a_texts_own_tokens() -> None:
         torch.testing.assert_close(text, tokens @ weight.T + bias)
     (last,) = TAGGING.apply(head, states, 2, 3)
     torch.testing.assert_close(last, outputs[2])
-
-
-def test_a_tag_is_the_best_label_of_its_token() -> None:
-    outputs = [torch.tensor([[0.0, 2.0], [3.0, 1.0]]), torch.tensor([[1.0, 1.0]])]
-    first, second = TAGGING.decode(outputs, LABELS[:2])
-    best = outputs[0].softmax(-1).max(-1).values.tolist()
-    assert first == [LabelScore("bee", best[0]), LabelScore("ant", best[1])]
-    assert second == [LabelScore("ant", 0.5)]
-    assert not TAGGING.classifies
-    assert TASK.classifies
-    assert MULTI_LABEL.classifies
 
 
 def test_tokens_without_a_tag_do_not_count() -> None:

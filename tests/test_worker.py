@@ -16,10 +16,11 @@ from server.errors import AdapterdError, Overloaded, ShuttingDown
 from server.metrics import Metrics
 from server.tasks import TASKS
 from server.tasks.adapter import TaskAdapter
+from server.tasks.head import LayersConfig
 
 
 def adapter(label: str) -> TaskAdapter:
-    return TaskAdapter(AdapterWeights(()), TASKS["classification"], None, (label,), 0)
+    return TaskAdapter(AdapterWeights(()), TASKS["classification"], LayersConfig(), None, (label,), 0)
 
 
 GOOD, OTHER, BAD = adapter("good"), adapter("other"), adapter("bad")

@@ -45,8 +45,16 @@ def adapter_summary(name: str, release: Release, *, resident: bool | None, pinne
 
 def adapter_detail(summary: AdapterSummary, manifest: Manifest, report: Report | None) -> AdapterDetail:
     """An adapter with what its main version says of itself."""
+    from server.tasks import TASKS  # takes as long to import as torch does
+
+    task = TASKS.get(manifest.task)
     return AdapterDetail(
-        **summary.model_dump(), manifest=manifest.model_dump(mode="json", exclude_none=True), report=report
+        **summary.model_dump(),
+        task=manifest.task,
+        route=task.route.path if task else None,
+        labels=list(manifest.labels),
+        manifest=manifest.model_dump(mode="json", exclude_none=True),
+        report=report,
     )
 
 

@@ -51,7 +51,7 @@ async def info(engine: EngineDep, settings: SettingsDep) -> Info:
             layout=engine.layout,
         ),
         methods=list(METHODS),
-        tasks=list(TASKS),
+        tasks={name: task.route.path for name, task in TASKS.items()},
         limits=Limits(
             max_inputs=settings.max_inputs,
             max_body_bytes=settings.max_body_bytes,

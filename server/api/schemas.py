@@ -74,6 +74,9 @@ class AdapterList(BaseModel):
 class AdapterDetail(AdapterSummary):
     """An adapter that serves, with the manifest and the report of its main version."""
 
+    task: str
+    route: str | None = Field(description="Where it is asked; null for a task that this server does not know.")
+    labels: list[str]
     manifest: dict[str, JsonValue]
     report: Report | None = Field(description="What a server found when it checked the version.")
 
@@ -280,7 +283,7 @@ class Info(BaseModel):
     version: str
     backbone: BackboneInfo
     methods: list[str]
-    tasks: list[str]
+    tasks: dict[str, str] = Field(description="Task -> the route that answers it.")
     limits: Limits
 
 

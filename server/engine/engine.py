@@ -206,6 +206,8 @@ class Engine:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
             for name, adapter in zip(request.adapters, adapters, strict=False):
                 _check_route(name, adapter, request.route)
+            for adapter in adapters:
+                adapter.task.check_options(adapter.config, request.options, self.spec)
             answered = await self._pipeline.answer([Job(one, request.options) for one in adapters], request.inputs, cut)
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
@@ -254,6 +256,8 @@ class Engine:
         if not isinstance(request.options, EmbedOptions):
             raise InvalidRequest(f"{request.route.path} takes an adapter", param="adapter")
         pooling = request.options.pooling or Pooling.MEAN
+        if pooling not in self.spec.poolings:
+            raise InvalidRequest(f"the backbone has no {pooling}", param="pooling")
         if pooling not in self._embedders:
             head = {"pooling": pooling, "normalize": True}
             blueprint = Blueprint.check(

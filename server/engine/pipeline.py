@@ -129,6 +129,8 @@ class Pipeline:
 
 def _check(job: Job, inputs: Sequence[TextInput], cut: Cut) -> None:
     task, labels = job.adapter.task, len(job.adapter.labels)
+    if cut.long is not None and not task.windowable:
+        raise InvalidRequest(f"long: an adapter for {task.name} needs its texts in one piece", param="long")
     for index, text in enumerate(inputs):
         try:
             task.check_input(text)

@@ -96,6 +96,10 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
         if text.spans:
             raise InvalidRequest(f"an adapter for {self.name} does not read spans", param="spans")
 
+    def check_options(self, config: ConfigT, options: OptionsT, spec: BackboneSpec) -> None:
+        """Raises InvalidRequest, `param` naming the option, for what an adapter cannot give. Here: all is well."""
+        return None
+
     def sample(self, text: str) -> TextInput:
         """An input that it can answer, made of a text: for smoke tests and golden samples."""
         return TextInput(text)

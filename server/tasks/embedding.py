@@ -79,19 +79,23 @@ class Embedding(PooledTask[EmbeddingConfig, Pooling, EmbedOptions, PairedTexts])
         """The vectors [texts, hidden], in float32, as long as they come."""
         return states.pooled(head)[start:end]
 
-    def decode(
-        self, outputs: Tensor, config: EmbeddingConfig, labels: Sequence[str], options: EmbedOptions
-    ) -> list[list[float]]:
-        """The vectors [texts, hidden], cut to `dimensions` and only then of length 1; one of zeros stays that.
-
-        Raises InvalidRequest where there are fewer dimensions.
-        """
-        size = outputs.shape[-1]
+    def check_options(self, config: EmbeddingConfig, options: EmbedOptions, spec: BackboneSpec) -> None:
+        """No more dimensions than there are, and the pooling that the adapter was trained with."""
+        size = spec.hidden_size
         if options.dimensions is not None and not 1 <= options.dimensions <= size:
             raise InvalidRequest(
                 f"dimensions is {options.dimensions}, vectors have {size}: 1 to {size} may be asked for",
                 param="dimensions",
             )
+        if options.pooling not in (None, config.pooling):
+            raise InvalidRequest(
+                f"the adapter was made for pooling {config.pooling}, not {options.pooling}", param="pooling"
+            )
+
+    def decode(
+        self, outputs: Tensor, config: EmbeddingConfig, labels: Sequence[str], options: EmbedOptions
+    ) -> list[list[float]]:
+        """The vectors [texts, hidden], cut to `dimensions` and only then of length 1; one of zeros stays that."""
         vectors = outputs[:, : options.dimensions]
         normalize = config.normalize if options.normalize is None else options.normalize
         rows: list[list[float]] = (F.normalize(vectors, dim=-1) if normalize else vectors).tolist()
