@@ -101,7 +101,7 @@ def train_command(
 
 def evaluate_command(
     adapter: Annotated[str, typer.Option(help="The adapter's name.")],
-    data: Annotated[Path, typer.Option(help="Rows, JSON Lines, in the form of its task: see docs/training.md.")],
+    data: Annotated[Path, typer.Option(help="Rows, JSON Lines, in the form of its task: see docs/tasks.md.")],
     url: Annotated[str, typer.Option(help="Where adapterd serves.")] = "http://127.0.0.1:8000",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.")] = 60.0,
     as_json: _Json = False,

@@ -48,18 +48,14 @@ class _Answer(BaseModel, Generic[P]):
     predictions: list[P]
 
 
-class _Manifest(BaseModel):
-    task: str
-
-
 class _Detail(BaseModel):
-    manifest: _Manifest
+    task: str
 
 
 def served_task(client: httpx.Client, adapter: str) -> AnyTask:
     """What an adapter of the server that the client's base URL names is for. Raises as evaluate does."""
     found = _parsed(_send(client, "GET", f"/admin/adapters/{quote(adapter, safe='')}"), TypeAdapter(_Detail))
-    return task_named(found.manifest.task)
+    return task_named(found.task)
 
 
 def evaluate(client: httpx.Client, adapter: str, task: AnyTask, data: Dataset[Any]) -> Evaluation:

@@ -15,7 +15,7 @@ class TrainOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    data: Path = Field(description="Rows to train on, JSON Lines, in the form of the task: see docs/training.md.")
+    data: Path = Field(description="Rows to train on, JSON Lines, in the form of the task: see docs/tasks.md.")
     eval: Path | None = Field(None, description="Rows to measure the trained adapter on, in the same form.")
     task: str = Field("classification", description="What the adapter is for, e.g. `regression` or `tagging`.")
     method: str = Field("lora", description="Adapter method, e.g. `lora` or `bottleneck`.")
