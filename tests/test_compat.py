@@ -4,7 +4,9 @@ shape that each client reads."""
 import asyncio
 import base64
 import json
+import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -57,21 +59,24 @@ ADAPTERS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 class Running(NamedTuple):
     url: str
+    http: httpx.Client
     app: FastAPI
+    store: AdapterStore
     root: Path
     """From where it may load checkpoints."""
     openai: openai.OpenAI
     oip: OpenInferenceClient
 
     def native(self, path: str, **body: Any) -> Any:
-        answer = httpx.post(f"{self.url}{path}", json=body)
+        answer = self.http.post(f"{path}", json=body)
         assert answer.status_code == 200, answer.text
         return answer.json()["predictions"]
 
 
-def publish(store: AdapterStore, minilm: Backbone, name: str, seed: int) -> None:
-    """A random LoRA with a head for the task, released."""
-    task, labels = ADAPTERS[name]
+def publish(store: AdapterStore, minilm: Backbone, like: str, seed: int, name: str | None = None) -> str:
+    """A random LoRA with a head for the task of one of ADAPTERS, released. Its version."""
+    task, labels = ADAPTERS[like]
+    name = name or like
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
     blueprint = Blueprint.check(method="lora", config=config, task=task, head={}, labels=labels, spec=minilm.spec)
     generator = torch.Generator().manual_seed(seed)
@@ -79,6 +84,7 @@ def publish(store: AdapterStore, minilm: Backbone, name: str, seed: int) -> None
     sync = Sync(store)
     version = sync.put_version(name, make_artifact(blueprint, tensors))
     sync.release(name, Plan.only(version), by="test")
+    return str(version)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -109,9 +115,11 @@ def server(minilm: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         url = f"http://{host}:{port}"
         with (
             openai.OpenAI(base_url=f"{url}/v1", api_key="unused", max_retries=0) as openai_client,
-            httpx.Client() as http,
+            httpx.Client(base_url=url, timeout=60) as http,
         ):
-            yield Running(url, app, root, openai_client, OpenInferenceClient(base_url=url, httpx_client=http))
+            yield Running(
+                url, http, app, store, root, openai_client, OpenInferenceClient(base_url=url, httpx_client=http)
+            )
     finally:
         server.should_exit = True
         thread.join()
@@ -239,20 +247,20 @@ def test_hub_endpoint_info_and_health(server: Running) -> None:
     client = hub(server, "moods", provider="hf-inference")
     assert client.health_check()
     assert not hub(server, "mods", provider="hf-inference").health_check()
-    assert client.get_endpoint_info() == httpx.get(f"{server.url}/tei/moods/info").json()
+    assert client.get_endpoint_info() == server.http.get("/tei/moods/info").json()
 
 
 @pytest.mark.parametrize("pipeline", ["", "/pipeline/text-classification"])
 def test_hub_lists_of_inputs(server: Running, pipeline: str) -> None:
     pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
-    answer = httpx.post(f"{server.url}/models/moods{pipeline}", json={"inputs": [*TEXTS, pair]}).json()
+    answer = server.http.post(f"/models/moods{pipeline}", json={"inputs": [*TEXTS, pair]}).json()
     native = server.native("/classify", adapter="moods", inputs=[*TEXTS, pair])
     assert same(list(map(scores, answer)), list(map(scores, native)))
-    tagged = httpx.post(f"{server.url}/models/entities", json={"inputs": TEXTS}).json()
+    tagged = server.http.post("/models/entities", json={"inputs": TEXTS}).json()
     assert len(tagged) == len(TEXTS)
     assert all(isinstance(one, list) for one in tagged)
     asked = [{"question": text, "context": CONTEXT} for text in TEXTS]
-    assert len(httpx.post(f"{server.url}/models/answers", json={"inputs": asked}).json()) == len(TEXTS)
+    assert len(server.http.post("/models/answers", json={"inputs": asked}).json()) == len(TEXTS)
 
 
 @pytest.mark.parametrize(
@@ -300,7 +308,7 @@ def test_hub_an_error_reaches_the_client_with_its_words(server: Running) -> None
 )
 def test_tei_predict(server: Running, path: str, more: dict[str, str], headers: dict[str, str]) -> None:
     native = server.native("/classify", adapter="moods", inputs=TEXTS[0])
-    answer = httpx.post(f"{server.url}{path}", json={"inputs": TEXTS[0], **more}, headers=headers)
+    answer = server.http.post(f"{path}", json={"inputs": TEXTS[0], **more}, headers=headers)
     assert answer.status_code == 200, answer.text
     assert [one["label"] for one in answer.json()] == [one["label"] for one in native[0]]
     assert same(scores(answer.json()), scores(native[0]))
@@ -310,7 +318,7 @@ def test_tei_predict(server: Running, path: str, more: dict[str, str], headers: 
 
 def test_tei_pairs_batches_and_raw_scores(server: Running) -> None:
     def predict(inputs: Any, **more: Any) -> Any:
-        return httpx.post(f"{server.url}/tei/moods/predict", json={"inputs": inputs, **more}).json()
+        return server.http.post("/tei/moods/predict", json={"inputs": inputs, **more}).json()
 
     pair = {"text": TEXTS[0], "text_pair": TEXTS[1]}
     alone, both = server.native("/classify", adapter="moods", inputs=[TEXTS[0], pair])
@@ -326,30 +334,41 @@ def test_tei_pairs_batches_and_raw_scores(server: Running) -> None:
 def test_tei_embed_with_an_adapter_and_without(server: Running) -> None:
     for path, adapter in (("/tei/embed", {}), ("/tei/vectors/embed", {"adapter": "vectors"})):
         for options in ({}, {"normalize": False}, {"dimensions": 7}):
-            answer = httpx.post(f"{server.url}{path}", json={"inputs": TEXTS, **options})
+            answer = server.http.post(f"{path}", json={"inputs": TEXTS, **options})
             native = server.native("/embed", inputs=TEXTS, **adapter, **options)
             np.testing.assert_allclose(answer.json(), native, atol=1e-5)
-    assert len(httpx.post(f"{server.url}/tei/embed", json={"inputs": TEXTS[0]}).json()) == 1
+    assert len(server.http.post("/tei/embed", json={"inputs": TEXTS[0]}).json()) == 1
 
 
 def test_tei_info_and_health(server: Running, minilm: Backbone) -> None:
-    bare = httpx.get(f"{server.url}/tei/info").json()
+    bare = server.http.get("/tei/info").json()
     assert bare["model_id"] == bare["served_model_name"] == minilm.spec.name
     assert bare["model_type"] == {"embedding": {"pooling": "mean"}}
     assert bare["max_client_batch_size"] == MAX_INPUTS
-    moods = httpx.get(f"{server.url}/tei/info?adapter=moods").json()
+    moods = server.http.get("/tei/info?adapter=moods").json()
     assert moods["served_model_name"] == "moods"
     assert moods["model_type"]["classifier"]["id2label"] == {"0": "zebra", "1": "ant", "2": "mouse"}
     assert moods["model_type"]["classifier"]["label2id"] == {"zebra": 0, "ant": 1, "mouse": 2}
-    detail = httpx.get(f"{server.url}/admin/adapters/moods").json()
+    detail = server.http.get("/admin/adapters/moods").json()
     assert moods["model_sha"] == detail["version"]
-    assert httpx.get(f"{server.url}/tei/health").status_code == 200
-    assert httpx.get(f"{server.url}/tei/moods/health").status_code == 200
+    assert server.http.get("/tei/health").status_code == 200
+    assert server.http.get("/tei/moods/health").status_code == 200
+
+
+def test_reading_about_an_adapter_loads_nothing(server: Running, minilm: Backbone) -> None:
+    publish(server.store, minilm, "topics", seed=9, name="cold")
+    for path in ("/tei/cold/info", "/tei/cold/health", "/v2/models/cold", "/v2/models/cold/ready", "/v1/models/cold"):
+        assert server.http.get(path).status_code == 200
+    detail = server.http.get("/admin/adapters/cold").json()
+    assert not detail["resident"]
+    assert server.http.get("/tei/cold/info").json()["model_type"]["classifier"]["id2label"]["2"] == "arts"
+    server.native("/classify", adapter="cold", inputs="a")
+    assert server.http.get("/admin/adapters/cold").json()["resident"]
 
 
 def test_tei_refusals(server: Running) -> None:
     def refused(path: str, **body: Any) -> str:
-        answer = httpx.post(f"{server.url}{path}", json=body)
+        answer = server.http.post(f"{path}", json=body)
         assert answer.status_code == 422, answer.text
         assert answer.json()["error_type"] == "Validation"
         return str(answer.json()["error"])
@@ -368,7 +387,7 @@ def test_tei_refusals(server: Running) -> None:
 
 def test_vllm_classify(server: Running) -> None:
     native = server.native("/classify", adapter="moods", inputs=TEXTS)
-    answer = httpx.post(f"{server.url}/vllm/classify", json={"model": "moods", "input": TEXTS, "user": "u"}).json()
+    answer = server.http.post("/vllm/classify", json={"model": "moods", "input": TEXTS, "user": "u"}).json()
     assert set(answer) == {"id", "object", "created", "model", "data", "usage"}
     assert answer["id"].startswith("classify-")
     assert (answer["object"], answer["model"]) == ("list", "moods")
@@ -376,24 +395,22 @@ def test_vllm_classify(server: Running) -> None:
         assert (own["index"], own["num_classes"], own["label"]) == (index, 3, labels[0]["label"])
         assert same(dict(zip(ADAPTERS["moods"][1], own["probs"], strict=True)), scores(labels))
     assert answer["usage"]["prompt_tokens"] == answer["usage"]["total_tokens"] > len(TEXTS)
-    raw = httpx.post(
-        f"{server.url}/vllm/classify", json={"model": "moods", "input": TEXTS[0], "use_activation": False}
-    ).json()
+    raw = server.http.post("/vllm/classify", json={"model": "moods", "input": TEXTS[0], "use_activation": False}).json()
     [logits] = server.native("/classify", adapter="moods", inputs=TEXTS[0], activation="none")
     assert same(dict(zip(ADAPTERS["moods"][1], raw["data"][0]["probs"], strict=True)), scores(logits))
 
 
 def test_vllm_long_texts_are_cut_only_where_the_request_says_so(server: Running) -> None:
     body = {"model": "moods", "input": "word " * 600}
-    refused = httpx.post(f"{server.url}/vllm/classify", json=body)
+    refused = server.http.post("/vllm/classify", json=body)
     assert refused.status_code == 400
     assert "602 tokens" in refused.json()["error"]["message"]
-    assert httpx.post(f"{server.url}/vllm/classify", json=body | {"truncate_prompt_tokens": -1}).status_code == 200
+    assert server.http.post("/vllm/classify", json=body | {"truncate_prompt_tokens": -1}).status_code == 200
 
 
 def load(server: Running, name: str, path: str | Path, **more: Any) -> httpx.Response:
     body = {"lora_name": name, "lora_path": str(path), **more}
-    return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=30)
+    return server.http.post("/v1/load_lora_adapter", json=body)
 
 
 def checkpoint(folder: Path, labels: str = '["low", "high"]') -> Path:
@@ -424,9 +441,9 @@ def test_vllm_loads_replaces_and_unloads(server: Running) -> None:
     listed = {one.id: one for one in server.openai.models.list()}
     assert listed["loaded"].parent == server.app.state.engine.spec.name  # type: ignore[attr-defined]
     unload = {"lora_name": "loaded", "lora_int_id": 3}
-    answer = httpx.post(f"{server.url}/v1/unload_lora_adapter", json=unload)
+    answer = server.http.post("/v1/unload_lora_adapter", json=unload)
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'loaded' removed successfully.")
-    vllm_error(httpx.post(f"{server.url}/v1/unload_lora_adapter", json=unload), 404, "NotFoundError")
+    vllm_error(server.http.post("/v1/unload_lora_adapter", json=unload), 404, "NotFoundError")
     assert load(server, "loaded", "good").status_code == 200  # a deleted name may come back
 
 
@@ -456,7 +473,7 @@ def test_vllm_loads_nothing_that_lies_elsewhere(server: Running, tmp_path: Path)
     ):
         message = vllm_error(load(server, "stolen", path), 400, "InvalidUserInput")
         assert message.startswith("lora_path: "), message
-    assert httpx.get(f"{server.url}/admin/adapters/stolen").status_code == 404
+    assert server.http.get("/admin/adapters/stolen").status_code == 404
 
 
 def test_vllm_a_link_that_stays_inside_is_followed(server: Running) -> None:
@@ -519,7 +536,7 @@ def test_openai_models(server: Running, minilm: Backbone, monkeypatch: pytest.Mo
     assert set(ADAPTERS) <= set(models)
     backbone = models[minilm.spec.name]
     assert (backbone.parent, backbone.root) == (None, minilm.spec.name)  # type: ignore[attr-defined]
-    detail = httpx.get(f"{server.url}/admin/adapters/moods").json()
+    detail = server.http.get("/admin/adapters/moods").json()
     for moods in (models["moods"], server.openai.models.retrieve("moods")):
         assert (moods.parent, moods.root) == (minilm.spec.name, detail["version"])  # type: ignore[attr-defined]
         assert 0 <= time.time() - moods.created < 10_000
@@ -527,7 +544,7 @@ def test_openai_models(server: Running, minilm: Backbone, monkeypatch: pytest.Mo
     with pytest.raises(openai.NotFoundError):
         server.openai.models.retrieve("mods")
     monkeypatch.setattr(compat.openai, "MAX_MODELS", 2)
-    listed = httpx.get(f"{server.url}/v1/models").json()
+    listed = server.http.get("/v1/models").json()
     assert (len(listed["data"]), listed["has_more"]) == (3, True)
 
 
@@ -559,6 +576,19 @@ def test_openai_errors_are_the_clients_own(server: Running) -> None:
     assert wrong.value.code == "wrong_task"
 
 
+def test_the_user_is_the_routing_key(server: Running, minilm: Backbone) -> None:
+    """Of two versions that share the traffic, the one that our own route would take answers."""
+    one, other = (publish(server.store, minilm, "moods", seed=seed, name="canary") for seed in (5, 6))
+    Sync(server.store).release("canary", Plan(traffic={one: 0.5, other: 0.5}), by="test")
+    taken = set()
+    for user in map(str, range(8)):
+        native = server.http.post("/classify", json={"adapter": "canary", "inputs": "a", "routing_key": user}).json()
+        answer = server.http.post("/vllm/classify", json={"model": "canary", "input": "a", "user": user}).json()
+        assert same(max(answer["data"][0]["probs"]), native["predictions"][0][0]["score"])
+        taken.add(native["version"])
+    assert len(taken) == 2
+
+
 # --- Open Inference Protocol
 
 
@@ -580,7 +610,7 @@ def test_oip_health_and_metadata(server: Running) -> None:
     client.check_server_readiness()
     assert client.read_server_metadata().name == "adapterd"
     assert client.read_server_metadata().extensions == []
-    version = httpx.get(f"{server.url}/admin/adapters/moods").json()["version"]
+    version = server.http.get("/admin/adapters/moods").json()["version"]
     client.check_model_readiness("moods")
     client.check_model_version_readiness("moods", version)
     for metadata in (client.read_model_metadata("moods"), client.read_model_version_metadata("moods", version)):
@@ -607,8 +637,8 @@ def test_oip_classify(server: Running) -> None:
     assert same(values, [one["score"] for own in native for one in own])
     only = infer(server, "moods", tensor(TEXTS), outputs=[oip.RequestOutput(name="scores")])
     assert list(only) == ["scores"]
-    nested = httpx.post(
-        f"{server.url}/v2/models/moods/infer",
+    nested = server.http.post(
+        "/v2/models/moods/infer",
         json={
             "id": "mine",
             "parameters": {"top_k": 2, "binary_data_output": True},
@@ -641,7 +671,7 @@ def test_oip_every_task(server: Running) -> None:
 
 
 def test_oip_a_version_can_be_asked(server: Running) -> None:
-    version = httpx.get(f"{server.url}/admin/adapters/moods").json()["version"]
+    version = server.http.get("/admin/adapters/moods").json()["version"]
     request = oip.InferenceRequest(inputs=[tensor(TEXTS)])
     answer = server.oip.model_version_infer("moods", version, request=request)
     assert answer.model_version == version
@@ -673,16 +703,27 @@ def test_oip_what_cannot_be_honoured_is_refused_by_name(
     assert words in error.value.body["error"]
 
 
+def test_oip_requests_as_tritons_client_sends_them(server: Running) -> None:
+    """Without a Content-Type, and with outputs wanted in binary, which it reads as JSON as well."""
+    one = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"]}
+    wanted = [{"name": "scores", "parameters": {"binary_data": True}}]
+    for more in ({"parameters": {"binary_data_output": True}}, {"outputs": wanted}):
+        answer = server.http.post("/v2/models/moods/infer", content=json.dumps({"inputs": [one]} | more))
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["outputs"][-1]["shape"] == [1, 3]
+    assert server.http.post("/vllm/classify", content=b'{"model": "moods", "input": "a"}').status_code == 400
+
+
 def test_oip_binary_inputs_are_refused(server: Running) -> None:
-    url = f"{server.url}/v2/models/moods/infer"
-    empty = {"name": "text", "shape": [1], "datatype": "BYTES", "data": ["a"], "parameters": {"binary_data_size": 5}}
-    by_parameter = httpx.post(url, json={"inputs": [empty]})
-    by_header = httpx.post(
-        url, json={"inputs": [empty | {"parameters": None}]}, headers={"Inference-Header-Content-Length": "9"}
+    one = {"name": "text", "shape": [1], "datatype": "BYTES", "parameters": {"binary_data_size": 5}}
+    body = json.dumps({"inputs": [one]}).encode()
+    answer = server.http.post(
+        "/v2/models/moods/infer",
+        content=body + b"\1\0\0\0a",
+        headers={"Inference-Header-Content-Length": str(len(body))},
     )
-    for answer in (by_parameter, by_header):
-        assert answer.status_code == 400
-        assert "binary" in answer.json()["error"]
+    assert answer.status_code == 400
+    assert "binary tensors are not taken" in answer.json()["error"]
 
 
 # --- errors, over all routes
@@ -752,13 +793,13 @@ def ask(server: Running, path: str, adapter: str, texts: list[str], **more: Any)
     case = CASES[path]
     named = {"model": adapter} if case.inside else {}
     body = json.dumps(case.body(texts) | named | more)  # as ASCII, which halves of characters survive
-    return httpx.post(url_of(server, path, adapter), content=body, headers=JSON)
+    return server.http.post(url_of(server, path, adapter), content=body, headers=JSON)
 
 
 def url_of(server: Running, path: str, adapter: str) -> str:
-    detail = httpx.get(f"{server.url}/admin/adapters/{adapter}").json()
+    detail = server.http.get(f"/admin/adapters/{adapter}").json()
     named = {"name": adapter, "adapter": adapter, "pipeline": "text-classification"}
-    return server.url + path.replace(":path", "").format(**named, version=detail.get("version", "0" * 64))
+    return path.replace(":path", "").format(**named, version=detail.get("version", "0" * 64))
 
 
 def test_every_route_is_walked() -> None:
@@ -779,10 +820,10 @@ def test_wrong_requests_get_errors_in_the_peers_shape(server: Running, path: str
     check_error(ask(server, path, case.adapter, ["a"], unheard_of=1), 422)
     check_error(ask(server, path, case.adapter, ["a" * MAX_BODY_BYTES]), 413)
     url = url_of(server, path, case.adapter)
-    check_error(httpx.post(url, content=b'{"inputs": ', headers=JSON), 422)
-    check_error(httpx.post(url, json=["a"]), 422)
-    check_error(httpx.post(url, json={}), 422)
-    check_error(httpx.delete(url), 405)
+    check_error(server.http.post(url, content=b'{"inputs": ', headers=JSON), 422)
+    check_error(server.http.post(url, json=["a"]), 422)
+    check_error(server.http.post(url, json={}), 422)
+    check_error(server.http.delete(url), 405)
     assert ask(server, path, case.adapter, ["a"]).status_code == 200
 
 
@@ -803,14 +844,14 @@ def test_what_happens_to_the_server_keeps_its_retry_after(
 
 @pytest.mark.parametrize("path", [path for method, path in PATHS if method == "GET" and "{" in path])
 def test_reading_of_an_unknown_adapter(server: Running, path: str) -> None:
-    answer = httpx.get(url_of(server, path, "nobody"))
+    answer = server.http.get(url_of(server, path, "nobody"))
     assert answer.status_code == 404
     assert "error" in answer.json()
 
 
 @pytest.mark.parametrize("prefix", compat.SHAPES)
 def test_paths_that_are_not_there(server: Running, prefix: str) -> None:
-    answer = httpx.get(f"{server.url}{prefix}/no/such/path/at/all")
+    answer = server.http.get(f"{prefix}/no/such/path/at/all")
     assert answer.status_code == 404
     error = answer.json()["error"]
     assert isinstance(error, dict if prefix.startswith(("/v1", "/vllm")) else str)
@@ -818,7 +859,7 @@ def test_paths_that_are_not_there(server: Running, prefix: str) -> None:
 
 def test_other_paths_have_errors_of_our_own(server: Running) -> None:
     for path in ("/classify", "/nothing", "/teix", "/v2x/models", "/model/moods"):
-        assert "request_id" in httpx.get(f"{server.url}{path}").json()["error"]
+        assert "request_id" in server.http.get(f"{path}").json()["error"]
 
 
 def test_a_fault_of_ours_is_a_500_in_the_peers_shape(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -826,8 +867,8 @@ def test_a_fault_of_ours_is_a_500_in_the_peers_shape(server: Running, monkeypatc
         raise ZeroDivisionError
 
     monkeypatch.setattr(Engine, "run", fail)
-    for path in ("/tei/embed", "/v1/embeddings"):
-        answer = ask(server, path, "vectors", ["a"])
+    for path, body in (("/tei/embed", {"inputs": "a"}), ("/v1/embeddings", {"model": "vectors", "input": "a"})):
+        answer = httpx.post(f"{server.url}{path}", json=body)  # uvicorn ends the connection with it
         assert answer.status_code == 500
         assert answer.json()["error"]
 
@@ -835,14 +876,41 @@ def test_a_fault_of_ours_is_a_500_in_the_peers_shape(server: Running, monkeypatc
 def test_not_ready_is_told(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Engine, "ready", property(lambda self: False))
     for path in ("/tei/health", "/tei/moods/health", "/models/moods/health", "/v2/health/ready"):
-        answer = httpx.get(f"{server.url}{path}")
+        answer = server.http.get(f"{path}")
         assert answer.status_code == 503
         assert answer.headers["retry-after"]
-    assert httpx.get(f"{server.url}/v2/health/live").status_code == 200
+    assert server.http.get("/v2/health/live").status_code == 200
 
 
 def test_the_openapi_document_shows_the_peers_errors(server: Running) -> None:
-    paths = httpx.get(f"{server.url}/openapi.json").json()["paths"]
+    paths = server.http.get("/openapi.json").json()["paths"]
     for method, path in PATHS:
         shown = paths[path.replace(":path", "")][method.lower()]["responses"]
         assert set(shown) == {"200", "4XX", "5XX"}, path
+
+
+# --- documents
+
+
+def curl_lines() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "compat.md").read_text(), re.S)
+    assert len(blocks) >= 8
+    return blocks
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_documents_curl_lines_work_word_for_word(server: Running, minilm: Backbone) -> None:
+    publish(server.store, minilm, "moods", seed=3, name="sentiment")
+    checkpoint(server.root / "mood")
+    for line in curl_lines():
+        command = line.replace("http://127.0.0.1:8000", server.url).replace("curl -s", "curl -sS --fail-with-body")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{line}{done.stdout}{done.stderr}"
+        assert done.stdout
+
+
+def test_the_document_names_every_prefix_and_setting() -> None:
+    text = (ROOT / "docs" / "compat.md").read_text()
+    for path in (*compat.SHAPES, *(path for path in CASES if path.startswith("/tei/") and "{" not in path)):
+        assert path in text
+    assert "ADAPTERD_LORA_PATH_ROOT" in text

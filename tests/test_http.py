@@ -29,6 +29,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from server.adapters import METHODS
+from server.api import compat
 from server.api.task_schemas import ClassifyBody
 from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
@@ -1012,7 +1013,8 @@ def test_request_ids_are_kept_or_made(client: TestClient) -> None:
 
 def test_the_openapi_document_lists_every_route(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {
+    peers = {route.path.replace(":path", "") for router in compat.ROUTERS for route in router.routes}  # type: ignore[attr-defined]
+    assert set(paths) - peers == {
         "/answer",
         "/classify",
         "/embed",

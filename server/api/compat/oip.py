@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, FailFast, Field
 
 import server
@@ -32,15 +32,21 @@ class OipError(BaseModel):
 
 def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     """An error as the protocol has it: 400 for whatever is wrong with a request."""
-    return CLIENT_ERRORS.get(status, status), OipError(error=body.message).model_dump()
+    hint = BINARY if body.code == "invalid_json" else ""  # which is what a JSON with tensors behind it is taken for
+    return CLIENT_ERRORS.get(status, status), OipError(error=body.message + hint).model_dump()
 
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=error_answers(OipError))
+BINARY = "; binary tensors are not taken: send data as JSON"
+
+
+# Triton's client sends no Content-Type. Elsewhere that is refused, as it lets any web page make a browser ask; but
+# nothing here changes anything.
+router = APIRouter(
+    prefix="/v2", tags=["Open Inference Protocol"], responses=error_answers(OipError), strict_content_type=False
+)
 
 TEXT, PAIR = "text", "text_pair"
 """The inputs; of a question to a text, the text is the pair."""
-
-BINARY = "binary tensors are not taken: send data as JSON"
 
 
 def _flat(data: Any) -> Any:
@@ -216,11 +222,8 @@ async def infer(
     engine: EngineDep,
     settings: SettingsDep,
     version: str | None = None,
-    binary: Annotated[str | None, Header(alias="Inference-Header-Content-Length")] = None,
 ) -> InferAnswer:
     """Do what the adapter does: classify, find entities, answer, embed."""
-    if binary is not None or any("binary_data_size" in (one.parameters or {}) for one in body.inputs):
-        raise InvalidRequest(BINARY, param="inputs")
     parameters = body.parameters or {}
     if taken := TAKEN & parameters.keys():
         param = f"parameters.{min(taken)}"
