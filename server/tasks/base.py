@@ -94,7 +94,7 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
 
     def check_options(self, config: ConfigT, options: OptionsT, spec: BackboneSpec) -> None:
         """Raises InvalidRequest, `param` naming the option, for what an adapter cannot give. Here: all is well."""
-        return None
+        return
 
     def sample(self, text: str) -> TextInput:
         """An input that it can answer, made of a text: for smoke tests and golden samples."""
