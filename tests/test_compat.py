@@ -4,7 +4,9 @@ shape that each client reads."""
 import asyncio
 import base64
 import json
+import re
 import shutil
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -71,8 +73,8 @@ class Running(NamedTuple):
         return answer.json()["predictions"]
 
 
-def publish(store: AdapterStore, minilm: Backbone, like: str, seed: int, name: str | None = None) -> None:
-    """A random LoRA with a head for the task of one of ADAPTERS, released."""
+def publish(store: AdapterStore, minilm: Backbone, like: str, seed: int, name: str | None = None) -> str:
+    """A random LoRA with a head for the task of one of ADAPTERS, released. Its version."""
     task, labels = ADAPTERS[like]
     name = name or like
     config = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
@@ -82,6 +84,7 @@ def publish(store: AdapterStore, minilm: Backbone, like: str, seed: int, name: s
     sync = Sync(store)
     version = sync.put_version(name, make_artifact(blueprint, tensors))
     sync.release(name, Plan.only(version), by="test")
+    return str(version)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -573,6 +576,19 @@ def test_openai_errors_are_the_clients_own(server: Running) -> None:
     assert wrong.value.code == "wrong_task"
 
 
+def test_the_user_is_the_routing_key(server: Running, minilm: Backbone) -> None:
+    """Of two versions that share the traffic, the one that our own route would take answers."""
+    one, other = (publish(server.store, minilm, "moods", seed=seed, name="canary") for seed in (5, 6))
+    Sync(server.store).release("canary", Plan({one: 0.5, other: 0.5}), by="test")
+    taken = set()
+    for user in map(str, range(8)):
+        native = server.http.post("/classify", json={"adapter": "canary", "inputs": "a", "routing_key": user}).json()
+        answer = server.http.post("/vllm/classify", json={"model": "canary", "input": "a", "user": user}).json()
+        assert same(max(answer["data"][0]["probs"]), native["predictions"][0][0]["score"])
+        taken.add(native["version"])
+    assert len(taken) == 2
+
+
 # --- Open Inference Protocol
 
 
@@ -871,3 +887,30 @@ def test_the_openapi_document_shows_the_peers_errors(server: Running) -> None:
     for method, path in PATHS:
         shown = paths[path.replace(":path", "")][method.lower()]["responses"]
         assert set(shown) == {"200", "4XX", "5XX"}, path
+
+
+# --- documents
+
+
+def curl_lines() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "docs" / "compat.md").read_text(), re.S)
+    assert len(blocks) >= 8
+    return blocks
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+def test_the_documents_curl_lines_work_word_for_word(server: Running, minilm: Backbone) -> None:
+    publish(server.store, minilm, "moods", seed=3, name="sentiment")
+    checkpoint(server.root / "mood")
+    for line in curl_lines():
+        command = line.replace("http://127.0.0.1:8000", server.url).replace("curl -s", "curl -sS --fail-with-body")
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, f"{line}{done.stdout}{done.stderr}"
+        assert done.stdout
+
+
+def test_the_document_names_every_prefix_and_setting() -> None:
+    text = (ROOT / "docs" / "compat.md").read_text()
+    for path in (*compat.SHAPES, *(path for path in CASES if path.startswith("/tei/") and "{" not in path)):
+        assert path in text
+    assert "ADAPTERD_LORA_PATH_ROOT" in text
