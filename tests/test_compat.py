@@ -579,7 +579,7 @@ def test_openai_errors_are_the_clients_own(server: Running) -> None:
 def test_the_user_is_the_routing_key(server: Running, minilm: Backbone) -> None:
     """Of two versions that share the traffic, the one that our own route would take answers."""
     one, other = (publish(server.store, minilm, "moods", seed=seed, name="canary") for seed in (5, 6))
-    Sync(server.store).release("canary", Plan({one: 0.5, other: 0.5}), by="test")
+    Sync(server.store).release("canary", Plan(traffic={one: 0.5, other: 0.5}), by="test")
     taken = set()
     for user in map(str, range(8)):
         native = server.http.post("/classify", json={"adapter": "canary", "inputs": "a", "routing_key": user}).json()
