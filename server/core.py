@@ -79,14 +79,23 @@ class Pooling(StrEnum):
     """The backbone's own frozen pooler on the first token (BERT: tanh(W h + b))."""
 
 
+class HeadKind(StrEnum):
+    """What transformers builds heads for, as its classes are called: `BertForTokenClassification`."""
+
+    SEQUENCE = "SequenceClassification"
+    TOKENS = "TokenClassification"
+    QUESTION = "QuestionAnswering"
+
+
 @dataclass(frozen=True, slots=True)
-class ClassifierSpec:
-    """The sequence classification head that transformers builds for a family: what it reads, and its tensors.
+class HeadSpec:
+    """A head that transformers builds for a family: what it reads, and its tensors.
 
     pooling -> dense -> activation -> norm -> output, where dense and norm may be missing.
     """
 
-    pooling: Pooling
+    pooling: Pooling | None
+    """None: each token of the text."""
     output: str
     """Path of the last linear layer."""
     dense: str | None = None
@@ -96,6 +105,8 @@ class ClassifierSpec:
     norm_eps: float = 1e-5
     bias: bool = True
     """Whether the last layer has one."""
+    prefix: str | None = None
+    """`base_model_prefix` of the class with this head, where it is not the family's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +127,8 @@ class BackboneSpec:
     """Whether sites.py knows the family; else only its linear layers and embeddings are sites."""
     sites: Mapping[Site, SiteSpec]
     poolings: frozenset[Pooling]
-    classifier: ClassifierSpec | None
-    """transformers' classification head for the family, if the family is listed."""
+    heads: Mapping[HeadKind, HeadSpec]
+    """transformers' heads for the family, if the family is listed."""
     layers: tuple[str, ...]
     """Paths of the layers, where the family is listed. A layer that is run through several times is one."""
     word_embeddings: str
@@ -269,6 +280,13 @@ class Route(StrEnum):
     def path(self) -> str:
         """Where it is reached over HTTP."""
         return f"/{self}"
+
+    def item(self, text: TextInput) -> str | dict[str, Any]:
+        """An input as it is written there."""
+        if self is Route.ANSWER:
+            return {"question": text.text, "context": text.pair}
+        more = {name: value for name, value in (("text_pair", text.pair), ("spans", text.spans)) if value}
+        return {"text": text.text, **more} if more else text.text
 
 
 class Activation(StrEnum):

@@ -25,7 +25,7 @@ from server.backbone.sharing import BEFORE_LAYERS, Share, Sharing, lay_out, shar
 from server.backbone.sites import FAMILIES, Attachment, encoder_output, find_sites, first_position, layer_paths
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import BackboneSpec, ClassifierSpec, Encoding, Pooling, Reach, Site, SiteKind, SiteSpec
+from server.core import BackboneSpec, Encoding, HeadKind, HeadSpec, Pooling, Reach, Site, SiteKind, SiteSpec
 from server.errors import BackboneError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -129,7 +129,7 @@ class Backbone:
         self._last_readers = self._find_last_readers()
         self._share(layers, recorded)
         family = FAMILIES.get(model.config.model_type)
-        classifier = family.classifier(model.config) if family else None
+        heads = family.heads(model.config) if family else {}
         self.spec = BackboneSpec(
             name=name,
             model_type=model.config.model_type,
@@ -139,9 +139,9 @@ class Backbone:
             max_tokens=tokenizer.max_tokens,
             prefix=model.base_model_prefix,
             listed=family is not None,
-            sites=self._site_specs(classifier),
+            sites=self._site_specs(heads),
             poolings=frozenset(Pooling) if self._has_pooler else frozenset(Pooling) - {Pooling.POOLER},
-            classifier=classifier,
+            heads=heads,
             layers=layer_paths(model, model.config),
             word_embeddings=_path(model, model.get_input_embeddings()),
             targets=family.targets if family else {},
@@ -567,9 +567,9 @@ class Backbone:
         streams = {attachment.stream for attachment in self._attachments.values()}  # our own hooks read those
         return {site for site in last - kept if self._attachments[site].module not in streams}
 
-    def _site_specs(self, classifier: ClassifierSpec | None) -> dict[Site, SiteSpec]:
+    def _site_specs(self, heads: Mapping[HeadKind, HeadSpec]) -> dict[Site, SiteSpec]:
         # A pooler that the family's classifiers do not have is no target of adapters that were trained in one.
-        pools = classifier is None or classifier.pooling is Pooling.POOLER
+        pools = not heads or heads[HeadKind.SEQUENCE].pooling is Pooling.POOLER
         specs = {
             site: replace(attachment.spec, reach=self._reaches[site])
             for site, attachment in self._attachments.items()

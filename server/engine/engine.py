@@ -34,7 +34,14 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.shadows import Answered, Shadows
 from server.engine.worker import QueuedRow, Worker
-from server.errors import AdapterdError, CorruptVersion, InvalidRequest, StoreUnavailable, WrongTask
+from server.errors import (
+    AdapterdError,
+    CorruptVersion,
+    InvalidRequest,
+    StoreUnavailable,
+    UnservableAdapter,
+    WrongTask,
+)
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
@@ -44,7 +51,9 @@ from server.store.names import check_name, check_version
 from server.store.releases import Plan, Release, choose
 from server.store.report import Report
 from server.store.store import AdapterStore, StoredVersion
+from server.tasks import TASKS
 from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.base import AnyTask
 
 log = get_logger("adapterd.engine")
 
@@ -88,6 +97,17 @@ class Page:
     """Names whose last release cannot be read."""
     next: str | None
     """The name after which there are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a version of an adapter is for."""
+
+    name: str
+    version: str
+    task: AnyTask
+    labels: tuple[str, ...]
+    """In the order of the head's outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,6 +325,20 @@ class Engine:
         """An adapter that serves, and the manifest and report of the version with most of its traffic."""
         described = self._describe(name, await self._catalog.serving(name))
         return described, *await self._store.manifest(name, described.version)
+
+    async def profile(self, name: str, version: str | None = None) -> Profile:
+        """What a version, by default the one with most of the traffic, is for. Brings nothing into memory."""
+        if version is None:
+            version = self._describe(name, await self._catalog.serving(name)).version
+        else:
+            await self._catalog.check_version(check_name(name), check_version(version))
+        if version in self._residency:
+            async with self._residency.lease(name, version) as adapter:
+                return Profile(name, version, adapter.task, adapter.labels)
+        manifest, _ = await self._store.manifest(name, version)
+        if manifest.task not in TASKS:
+            raise UnservableAdapter(f"adapter {name!r} does {manifest.task!r}, which this server does not know")
+        return Profile(name, version, TASKS[manifest.task], manifest.labels)
 
     async def collect(self, *, name: str | None, keep: int, min_age: timedelta, dry_run: bool) -> list[Removed]:
         """See gc.collect."""

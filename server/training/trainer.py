@@ -5,8 +5,8 @@ At every step the tensors are bound and applied by the same code that serves the
 
 import asyncio
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,18 +22,17 @@ from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import BackboneSpec, Encoding
-from server.errors import Conflict, InvalidRequest
+from server.core import BackboneSpec, Encoding, TextInput, WindowPooling
+from server.errors import Conflict, InvalidRequest, TooLarge
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, Training
 from server.store.names import check_name
 from server.store.releases import Plan, Release
 from server.store.store import AdapterStore
-from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.adapter import Blueprint, TaskAdapter, task_named
+from server.tasks.base import Outputs, Window
 from server.tasks.dataset import Dataset, read_dataset
-from server.tasks.metrics import Report, report
+from server.tasks.metrics import Report
 from server.training.options import TrainOptions
-
-TASK = "classification"
 
 HYPERPARAMETERS = {"dtype", "epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "max_tokens", "seed"}
 """The options that a manifest records beside the method's and the head's. Paths stay out: they tell of the machine."""
@@ -73,28 +72,32 @@ def train(options: TrainOptions) -> TrainResult:
     """Trains an adapter, measures it and, where `options.name` is given, publishes it.
 
     The same options and data give the same artifact on the same machine. Raises InvalidRequest for data or options
-    that make no sense, InvalidAdapter for a method that does not fit the backbone, BackboneError, StoreUnavailable.
+    that make no sense, InvalidAdapter for a task that is not known and a method or a head that does not fit the
+    backbone, BackboneError, StoreUnavailable.
     """
     # before the hours of training, not after them
     store = AdapterStore.open(options.store) if options.name and check_name(options.name) else None
-    data = read_dataset(options.data)
-    test = read_dataset(options.eval, known=data.label_names) if options.eval else None
+    task = task_named(options.task)
+    data = read_dataset(options.data, task.example)
+    labels = task.labels(data.examples)
+    test = read_dataset(options.eval, task.example, known=labels) if options.eval else None
     backbone = Backbone.load(options.backbone, device=options.device, dtype=options.dtype)
     blueprint = Blueprint.check(
         method=options.method,
         config=_config(options, backbone.spec),
-        task=TASK,
-        head={"pooling": options.pooling},
-        labels=data.label_names,
+        task=options.task,
+        head=options.head,
+        labels=labels,
         spec=backbone.spec,
     )
+    windows = _windows(backbone.tokenizer, blueprint, test, str(options.eval)) if test else []
     tensors, losses = fit(backbone, blueprint, data, options)
 
     # Whatever it was trained in, its outputs are recorded as precisely as can be.
     if backbone.dtype != torch.float32:
         backbone = Backbone.load(options.backbone, device=options.device, dtype="float32")
     adapter = blueprint.bind(tensors, backbone)
-    measured = measure(backbone, adapter, test) if test else None
+    measured = measure(backbone, adapter, test, windows) if test else None
     artifact = Artifact.build(_manifest(options, data, blueprint, measured, _golden(backbone, adapter)), tensors)
 
     release = None
@@ -112,46 +115,52 @@ async def _publish(store: AdapterStore, name: str, artifact: Artifact, note: str
     return await store.release(name, plan, by="adapterd train", note=note)
 
 
-def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Any:
-    """Raw outputs of one adapter for texts in one batch, one row each. Differentiable."""
+def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Outputs:
+    """Raw outputs of one adapter for texts in one batch, one entry each. Differentiable."""
     states = backbone.forward(texts, AdapterPlan([Segment(adapter.weights, 0, len(texts))]))
     return adapter.task.apply(adapter.head, states, 0, len(texts))
 
 
-def measure(backbone: Backbone, adapter: TaskAdapter, data: Dataset) -> Report:
-    """Measures an adapter without a server. Texts are cut where a server would cut them."""
-    texts = backbone.tokenizer.encode(data.texts, truncate=True)
-    predicted: list[str] = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), PREDICT_TEXTS):
-            rows = outputs(backbone, adapter, texts[start : start + PREDICT_TEXTS])
-            predicted += [answer[0].label for answer in adapter.task.decode(rows, adapter.labels)]
-    return report(data.labels, predicted)
+def measure(
+    backbone: Backbone, adapter: TaskAdapter, data: Dataset[Any], windows: Sequence[Sequence[Encoding]]
+) -> Report:
+    """Measures an adapter without a server. `windows` are those of each input in the data."""
+    answers = iter(_fetched(backbone, adapter, [encoding for own in windows for encoding in own]))
+    predictions = [
+        adapter.read(text, [Window(one, next(answers)) for one in own], adapter.task.measured, WindowPooling.MEAN)
+        for text, own in zip(_inputs(data.examples), windows, strict=True)
+    ]
+    return adapter.task.measure(data.examples, predictions)
 
 
 def fit(
-    backbone: Backbone, blueprint: Blueprint, data: Dataset, options: TrainOptions
+    backbone: Backbone, blueprint: Blueprint, data: Dataset[Any], options: TrainOptions
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trains: the tensors, float32 on the CPU, and the mean loss of each epoch. The backbone stays as it is."""
-    texts = _tokenizer(options, backbone).encode(data.texts, truncate=True)
-    index = {label: i for i, label in enumerate(blueprint.labels)}
-    targets = torch.tensor([index[label] for label in data.labels], device=backbone.device)
-    # All randomness comes from here: which tensors to start from and which texts share a step.
+    task = blueprint.task
+    examples, restore = task.standardized(data.examples, blueprint.head)
+    # All randomness comes from here: which tensors to start from and which rows share a step.
     generator = torch.Generator().manual_seed(options.seed)
     fresh = blueprint.init(backbone, generator)
+    if not fresh:
+        raise InvalidRequest(f"{options.method} has nothing to train for {task.name}", param="method")
     tensors = {name: tensor.to(backbone.device).requires_grad_() for name, tensor in fresh.items()}
+    encoded = iter(_encoded(_tokenizer(options, backbone), blueprint, examples, str(options.data)))
+    texts = [[next(encoded) for _ in example.inputs()] for example in examples]
     optimizer = torch.optim.AdamW(tensors.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    steps = options.epochs * -(-len(texts) // options.batch_size)
+    steps = options.epochs * -(-len(examples) // options.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
     losses: list[float] = []
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for epoch in range(options.epochs):
             total = 0.0
-            for batch in torch.split(torch.randperm(len(texts), generator=generator), options.batch_size):
+            for batch in torch.split(torch.randperm(len(examples), generator=generator), options.batch_size):
                 # anew at each step, since binding prepares copies of the tensors that the last step has changed
                 adapter = blueprint.bind(tensors, backbone)
-                rows = outputs(backbone, adapter, [texts[i] for i in batch.tolist()])
-                loss = blueprint.task.loss(rows, targets[batch])
+                rows = [examples[i] for i in batch.tolist()]
+                encodings = [encoding for i in batch.tolist() for encoding in texts[i]]
+                targets = task.targets(rows, encodings, blueprint.labels).to(backbone.device)
+                loss = task.loss(outputs(backbone, adapter, encodings), targets)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 clip_grad_norm_(tensors.values(), CLIP_NORM)
@@ -167,8 +176,50 @@ def fit(
                     f"{options.learning_rate}",
                     param="learning_rate",
                 )
-            losses.append(total / len(texts))
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}, losses
+            losses.append(total / len(examples))
+    return restore({name: tensor.detach().cpu() for name, tensor in tensors.items()}), losses
+
+
+def _inputs(examples: Sequence[Any]) -> list[TextInput]:
+    return [text for example in examples for text in example.inputs()]
+
+
+def _encoded(tokenizer: Tokenizer, blueprint: Blueprint, examples: Sequence[Any], source: str) -> list[Encoding]:
+    """The inputs of all examples, cut to what the adapter leaves of the backbone's length."""
+    with _named(source):
+        return tokenizer.encode(
+            _inputs(examples),
+            truncate=True,
+            reserved=blueprint.framing.positions,
+            aligned=blueprint.task.aligned,
+        )
+
+
+def _windows(tokenizer: Tokenizer, blueprint: Blueprint, data: Dataset[Any], source: str) -> list[list[Encoding]]:
+    """Each input in windows, or cut, as a server would do it."""
+    if not blueprint.task.windowed:
+        return [[one] for one in _encoded(tokenizer, blueprint, data.examples, source)]
+    with _named(source):
+        return tokenizer.windows(_inputs(data.examples), reserved=blueprint.framing.positions)
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Inputs that cannot be encoded are reported with the file that they are in."""
+    try:
+        yield
+    except (InvalidRequest, TooLarge) as error:
+        raise InvalidRequest(f"{source}: {error.param}: {error.message}", param=source) from error
+
+
+def _fetched(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> list[Tensor]:
+    """Raw outputs, one entry per text, float32 on the CPU."""
+    with torch.inference_mode():
+        return [
+            output.float().cpu()
+            for start in range(0, len(texts), PREDICT_TEXTS)
+            for output in outputs(backbone, adapter, texts[start : start + PREDICT_TEXTS])
+        ]
 
 
 def _config(options: TrainOptions, spec: BackboneSpec) -> dict[str, Any]:
@@ -186,28 +237,30 @@ def _tokenizer(options: TrainOptions, backbone: Backbone) -> Tokenizer:
 
 def _golden(backbone: Backbone, adapter: TaskAdapter) -> Golden:
     """Outputs of a few texts, to the sixth decimal: float32 is not sure of more."""
-    with torch.inference_mode():
-        rows = outputs(backbone, adapter, backbone.tokenizer.encode(GOLDEN_TEXTS, truncate=True))
-    return Golden(texts=GOLDEN_TEXTS, outputs=tuple(tuple(round(value, 6) for value in row) for row in rows.tolist()))
+    inputs = [adapter.task.sample(text) for text in GOLDEN_TEXTS]
+    room = adapter.weights.framing.positions
+    rows = _fetched(backbone, adapter, backbone.tokenizer.encode(inputs, truncate=True, reserved=room))
+    recorded = tuple(tuple(round(value, 6) for value in row.flatten().tolist()) for row in rows)
+    return Golden(texts=GOLDEN_TEXTS, outputs=recorded)
 
 
 def _manifest(
-    options: TrainOptions, data: Dataset, blueprint: Blueprint, measured: Report | None, golden: Golden
+    options: TrainOptions, data: Dataset[Any], blueprint: Blueprint, measured: Report | None, golden: Golden
 ) -> Manifest:
     spec = blueprint.spec
     return Manifest(
         method=options.method,
         config=blueprint.config.model_dump(mode="json"),
-        task=TASK,
+        task=options.task,
         head=blueprint.head.model_dump(mode="json"),
         labels=blueprint.labels,
         backbone=TrainedOn.on(spec),
         source=f"adapterd {__version__}",
         training=Training(
             data_sha256=data.sha256,
-            rows=len(data.texts),
+            rows=len(data.examples),
             hyperparameters=options.model_dump(mode="json", include=HYPERPARAMETERS),
-            metrics={"accuracy": measured.accuracy, "macro_f1": measured.macro_f1} if measured else {},
+            metrics=dict(measured.metrics) if measured else {},
         ),
         golden=golden,
     )
@@ -215,4 +268,4 @@ def _manifest(
 
 def _note(options: TrainOptions, measured: Report | None) -> str:
     made = f"{options.method}, trained on {options.data.name}"
-    return f"{made}; accuracy {measured.accuracy:.3f} on {measured.rows} texts" if measured else made
+    return f"{made}; {measured} on {measured.rows} rows" if measured else made
