@@ -615,7 +615,7 @@ def test_bad_peft_uploads(
     files_scalar = files | {"adapter_model.safetensors": safetensors.torch.save(scalar)}
     refused(put(client, "fresh", files_scalar, labels=three), 422, "base_model.model.classifier.weight", "wrong_shape")
     for config, param in (
-        ({"problem_type": "regression"}, "problem_type"),
+        ({"problem_type": "ranking"}, "problem_type"),
         ({"model_type": "roberta"}, "model_type"),
         ({"hidden_size": 1024}, "hidden_size"),
     ):
