@@ -64,7 +64,7 @@ class EmbeddingsBody(Body):
 
     model: str = Field(description="An adapter, or the backbone's name: the backbone alone.")
     input: Annotated[Texts, BeforeValidator(_no_tokens)]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=1024, description="Has the same version while shares of traffic stay.")
 
