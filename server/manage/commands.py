@@ -440,19 +440,23 @@ def _asked_on_a_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """What is to be uploaded: files, and those that lie in a folder; hidden ones are nobody's checkpoint."""
+def _files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """What is to be uploaded, under which names: files, and those that lie in a folder; hidden ones are nobody's
+    checkpoint. Of what lies deeper only the configurations, as sentence-transformers has them; the rest is a trainer's.
+    """
     from server.manage.manager import WrongUse
 
-    found: list[Path] = []
+    found: list[tuple[str, Path]] = []
     for path in paths:
         if not path.is_dir():
-            found.append(_file(path))
+            found.append((path.name, _file(path)))
             continue
-        inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        if not inside:
+        inside = sorted(file for file in [*path.glob("*"), *path.glob("*/config.json")] if file.is_file())
+        names = [(file.relative_to(path).as_posix(), file) for file in inside]
+        shown = [(name, file) for name, file in names if not name.startswith(".")]
+        if not shown:
             raise WrongUse(f"folder {path} has no files")
-        found += inside
+        found += shown
     return found
 
 

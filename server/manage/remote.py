@@ -93,7 +93,9 @@ class Remote:
         if push.labels is not None:
             fields["labels"] = json.dumps(push.labels)
         with ExitStack() as stack:
-            parts: list[Any] = [("files", (file.name, stack.enter_context(file.open("rb")))) for file in push.files]
+            parts: list[Any] = [
+                ("files", (file_name, stack.enter_context(file.open("rb")))) for file_name, file in push.files
+            ]
             if push.eval is not None:
                 parts.append(("eval", (push.eval.name, stack.enter_context(push.eval.open("rb")))))
             request = self._client.build_request(

@@ -122,6 +122,12 @@ class Blueprint:
         """Its hyperparameters."""
         return self.parts[0].config
 
+    @property
+    def framing(self) -> Framing:
+        """What it does to the frame of its texts: at most one part does something."""
+        framings = (part.method.framing(part.config) for part in self.parts)
+        return next((framing for framing in framings if framing != Framing()), Framing())
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Artifact tensor name -> shape, the head's included."""
         shapes = {name: shape for part in self.parts for name, shape in part.shapes(self.spec).items()}
