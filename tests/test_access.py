@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import inspect
 import json
 import logging
 import stat
@@ -9,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -35,7 +37,10 @@ from server.api.access.tokens import KEPT_SECONDS, PAUSE_SECONDS, Tokens
 from server.app import create_app
 from server.backbone.backbone import Backbone
 from server.cli import app as commands
-from server.errors import BadConfiguration, IssuerUnavailable, RateLimited, Unauthorized
+from server.core import ClassifyOptions, Route, TaskRequest, TextInput
+from server.engine.engine import Engine
+from server.engine.publishing import Upload
+from server.errors import BadConfiguration, Forbidden, IssuerUnavailable, RateLimited, Unauthorized
 from server.settings import Settings
 from server.store.releases import Plan
 from server.store.store import AdapterStore
@@ -441,6 +446,56 @@ def test_probes_tell_nothing_of_adapters(served: Served) -> None:
     assert served.ask(None, "GET", f"/tei/{OURS}/health").status_code == 401
 
 
+ENTRANCES: dict[str, dict[str, Any]] = {
+    "run": {
+        "request": TaskRequest(
+            route=Route.CLASSIFY, adapters=(OURS,), inputs=(TextInput("w1"),), options=ClassifyOptions(), routing_key=""
+        )
+    },
+    "publish": {"name": OURS, "upload": Upload([]), "by": ""},
+    "release": {"name": OURS, "plan": Plan.only("0" * 64), "by": "", "note": "", "after": None},
+    "rollback": {"name": OURS, "to": None, "by": "", "note": "", "after": None},
+    "delete": {"name": OURS, "by": "", "note": "", "after": None},
+    "verify": {"name": OURS, "version": None},
+    "pin": {"name": OURS},
+    "unpin": {"name": OURS},
+    "describe": {"name": OURS},
+    "profile": {"name": OURS},
+    "collect": {"name": None, "keep": 1, "min_age": timedelta(0), "dry_run": True},
+    "versions": {"name": OURS},
+    "history": {"name": OURS, "before": None, "limit": 1},
+}
+"""Every coroutine of the engine that is about an adapter, and what to call it with."""
+
+
+def test_every_entrance_of_the_engine_asks_who_it_is(served: Served) -> None:
+    methods = {name for name, _ in inspect.getmembers(Engine, inspect.iscoroutinefunction) if not name.startswith("_")}
+    assert methods == {*ENTRANCES, "page"}
+    engine = served.app.state.engine
+
+    async def ask(name: str) -> None:
+        await getattr(engine, name)(**ENTRANCES[name])
+
+    with acting(NOBODY):
+        for name in ENTRANCES:
+            with pytest.raises(Forbidden):
+                asyncio.run(ask(name))
+        page = asyncio.run(engine.page(limit=9))
+    assert (page.adapters, page.damaged, page.next) == ([], [], None)
+
+
+def test_another_tenants_version_cannot_be_released_or_asked_for(served: Served) -> None:
+    asked = {"adapter": THEIRS, "inputs": "w1"}
+    version = served.ask("b", "POST", "/classify", json=asked).json()["version"]  # which is in memory now
+    for method, path, body in (
+        ("POST", f"/admin/adapters/{OURS}/releases", {"traffic": {version: 1.0}}),
+        ("POST", "/classify", {"adapter": OURS, "inputs": "w1", "version": version}),
+        ("GET", f"/v2/models/{OURS}/versions/{version}", None),
+    ):
+        assert served.ask("a", method, path, json=body).status_code == 404
+    assert served.ask("b", "POST", "/classify", json=asked | {"version": version}).status_code == 200
+
+
 def test_releases_say_who_made_them(served: Served) -> None:
     assert served.ask("b", "DELETE", f"/admin/adapters/{THEIRS}?note=x").status_code == 200
     assert served.ask("b", "POST", f"/admin/adapters/{THEIRS}/rollback").json()["by"] == "http b"
@@ -649,7 +704,15 @@ def test_a_clients_key_that_cannot_be_sent_is_not_echoed(key: str) -> None:
 
 
 @pytest.mark.parametrize("by", ["option", "environment"])
-def test_commands_send_the_key(by: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("command", "status"), [("adapters list", 0), ("evaluate --adapter x --data", 1)])
+def test_commands_send_the_key(
+    by: str, command: str, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = command.split()
+    if arguments[-1] == "--data":
+        data = tmp_path / "rows.jsonl"
+        data.write_text('{"text": "w1", "label": "ant"}\n')
+        arguments.append(str(data))
     sent: list[str | None] = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -658,6 +721,8 @@ def test_commands_send_the_key(by: str, monkeypatch: pytest.MonkeyPatch) -> None
             self.send_response(200)
             self.end_headers()
             self.wfile.write(b'{"adapters": [], "damaged": [], "next": null}')
+
+        do_POST = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -668,10 +733,10 @@ def test_commands_send_the_key(by: str, monkeypatch: pytest.MonkeyPatch) -> None
     if by == "environment":
         monkeypatch.setenv("ADAPTERD_API_KEY", SECRETS["admin"])
     more = ["--api-key", SECRETS["admin"]] if by == "option" else []
-    done = run("adapters", "list", "--url", f"http://127.0.0.1:{server.server_port}", *more)
+    done = run(*arguments, "--url", f"http://127.0.0.1:{server.server_port}", *more)
     thread.join()
     server.server_close()
-    assert (done.exit_code, sent) == (0, [f"Bearer {SECRETS['admin']}"])
+    assert (done.exit_code, sent) == (status, [f"Bearer {SECRETS['admin']}"])
     assert SECRETS["admin"] not in done.output
 
 
@@ -684,10 +749,14 @@ def test_an_open_server_listens_to_this_machine_alone(host: str, capsys: pytest.
         Gate.load(Settings(host=host))
     assert not Gate.load(Settings(host=host, insecure=True)).closed
     assert Gate.load(settings(host=host)).closed
-    with pytest.raises(BadConfiguration, match="ADAPTERD_API_KEYS_FILE"):
-        Gate.load(settings(host=host, api_keys="[]"))
     assert serving.run(Settings(host=host, backbone="/nowhere", store="memory://")) == 1
     assert "ADAPTERD_INSECURE=true" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [{"api_keys": "[]"}, {"api_keys": ""}, {"api_keys_file": ""}])
+def test_no_keys_at_all_do_not_open_the_server(options: dict[str, str]) -> None:
+    with pytest.raises(BadConfiguration):
+        Gate.load(Settings(**options))
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.3.2.1", "::1", "localhost"])

@@ -108,8 +108,10 @@ class Gate:
     def load(cls, settings: Settings, clock: Callable[[], float] = time.monotonic) -> "Gate":
         """As the settings say. Raises BadConfiguration, also where nobody would be asked for a key though others than
         this machine can ask."""
-        secret = settings.api_keys.get_secret_value() if settings.api_keys else None
-        keys = Keys.load(Path(settings.api_keys_file) if settings.api_keys_file else None, secret)
+        file, inline = settings.api_keys_file, settings.api_keys
+        keys = Keys.load(None if file is None else Path(file), None if inline is None else inline.get_secret_value())
+        if not keys and (file is not None or inline is not None):  # whose last key is withdrawn is not to be open
+            raise BadConfiguration("there is no key among the API keys", param="api_keys")
         gate = cls(keys, _tokens(settings, clock), Rates(clock))
         if not gate.closed and not settings.insecure and not is_loopback(settings.host):
             raise BadConfiguration(
