@@ -90,8 +90,6 @@ class UnknownAdapter(AdapterdError):
     status = 404
     type = "not_found_error"
     code = "adapter_not_found"
-    near: str | None = None
-    """A name that may have been meant. Not everybody may be told."""
 
 
 class UnknownVersion(AdapterdError):

@@ -743,7 +743,14 @@ def test_commands_send_the_key(
 # --- start
 
 
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start leaves the tests' logging alone."""
+    monkeypatch.setattr(serving.logs, "configure", lambda *_: None)
+
+
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org", ""])
+@pytest.mark.usefixtures("quiet")
 def test_an_open_server_listens_to_this_machine_alone(host: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(BadConfiguration, match="ADAPTERD_API_KEYS_FILE"):
         Gate.load(Settings(host=host))
@@ -1078,8 +1085,8 @@ def test_tls_options_without_a_certificate() -> None:
         Settings(ssl_keyfile="x")
 
 
+@pytest.mark.usefixtures("quiet")
 def test_a_certificate_that_is_not_there(bert: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(serving, "create_app", lambda _: FastAPI())
-    monkeypatch.setattr(serving.logs, "configure", lambda *_: None)
     assert serving.run(Settings(ssl_certfile="/nowhere.pem")) == 1
     assert "ssl_certfile" in capsys.readouterr().err

@@ -13,9 +13,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
-from server.api.access.principal import current
 from server.api.schemas import ErrorAnswer, ErrorBody
-from server.errors import AdapterdError, Unauthorized, UnknownAdapter
+from server.errors import AdapterdError, Unauthorized
 from server.logs import get_logger
 
 log = get_logger("adapterd.api")
@@ -63,7 +62,7 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
         status, body = error.status_code, _http(error)
         headers.update(error.headers or {})
     elif isinstance(error, AdapterdError):
-        status, body = error.status, _body(_told(error), error.type, error.error_code, error.param)
+        status, body = error.status, _body(error.message, error.type, error.error_code, error.param)
         if isinstance(error, Unauthorized):
             headers["WWW-Authenticate"] = "Bearer"
         if error.retry_after is not None:
@@ -77,12 +76,6 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
         log.error("request failed", status=status, code=body.code, error=str(error))
     status, content = _shape(shapes, request.scope["path"])(status, body)
     return JSONResponse(content, status, headers)
-
-
-def _told(error: AdapterdError) -> str:
-    """The message; another adapter's name is part of it where the caller may know of that one."""
-    near = error.near if isinstance(error, UnknownAdapter) else None
-    return f"{error.message}; did you mean {near!r}?" if near and current().reaches(near) else error.message
 
 
 def _shape(shapes: Mapping[str, Shape], path: str) -> Shape:

@@ -158,6 +158,7 @@ class Engine:
             clock=clock,
             prepare=self._prefetch,
             retire=self._residency.retire,
+            access=access,
         )
         self._shadows = Shadows(self._residency, self._pipeline, metrics)
         self._pins = Pins(store, self._catalog, self._residency, metrics, poll_seconds=settings.store_poll_seconds)
