@@ -2,6 +2,8 @@
 
 import ast
 import asyncio
+import hashlib
+import hmac
 import inspect
 import json
 import logging
@@ -856,19 +858,19 @@ def test_a_token_says_who_and_what(issuer: Issuer) -> None:
     assert issuer.fetches == 1
 
 
-def forged_hs256(issuer: Issuer) -> str:
-    """Signed with the public key as a shared secret."""
-    import base64
-    import hashlib
-    import hmac
+def signed_with_secret(issuer: Issuer, secret: bytes, **header: str) -> str:
+    """HMAC, whatever the header says."""
+    payload = issuer.token().split(".")[1]
+    first = jwt.utils.base64url_encode(json.dumps(header).encode()).decode()
+    signature = hmac.new(secret, f"{first}.{payload}".encode(), hashlib.sha256).digest()
+    return f"{first}.{payload}.{jwt.utils.base64url_encode(signature).decode()}"
 
+
+def public_key_as_secret(issuer: Issuer) -> str:
     pem = issuer.key.public_key().public_bytes(
         serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
     )
-    payload = issuer.token().split(".")[1]
-    header = base64.urlsafe_b64encode(json.dumps({"alg": "HS256", "kid": issuer.kid}).encode()).rstrip(b"=").decode()
-    signature = hmac.new(pem, f"{header}.{payload}".encode(), hashlib.sha256).digest()
-    return f"{header}.{payload}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
+    return signed_with_secret(issuer, pem, alg="HS256", kid=issuer.kid)
 
 
 def unsigned(issuer: Issuer) -> str:
@@ -896,7 +898,7 @@ BAD_TOKENS = {
     "no kid": lambda issuer: issuer.token(headers={"kid": ""}),
     "another key": other_key,
     "alg none": unsigned,
-    "public key as secret": forged_hs256,
+    "public key as secret": public_key_as_secret,
     "a changed claim": lambda issuer: issuer.token().replace(".", ".e", 1),
     "no token": lambda issuer: "a.b.c",
 }
@@ -909,13 +911,13 @@ def test_bad_tokens(issuer: Issuer, bad: str) -> None:
     assert "alice" not in error.value.message
 
 
-def test_shared_secrets_of_an_issuer_are_not_used(issuer: Issuer) -> None:
-    secret = "c2VjcmV0LXNlY3JldC1zZWNyZXQtc2VjcmV0LXNlY3JldA"
-    issuer.more = [{"kty": "oct", "kid": "shared", "k": secret, "alg": "HS256"}]
-    claims = jwt.decode(issuer.token(), options={"verify_signature": False})
-    token = jwt.encode(claims, jwt.utils.base64url_decode(secret), algorithm="HS256", headers={"kid": "shared"})
+@pytest.mark.parametrize("said", ["HS256", "RS256"])
+def test_shared_secrets_of_an_issuer_are_not_used(issuer: Issuer, said: str) -> None:
+    secret = b"a secret that an issuer should not have published"
+    known = jwt.utils.base64url_encode(secret).decode()
+    issuer.more = [{"kty": "oct", "kid": "shared", "k": known, "alg": "HS256"}]
     with pytest.raises(Unauthorized):
-        ask(tokens(issuer, Clock()), token)
+        ask(tokens(issuer, Clock()), signed_with_secret(issuer, secret, alg=said, kid="shared"))
 
 
 def test_unknown_keys_do_not_make_the_server_ask_each_time(issuer: Issuer) -> None:
