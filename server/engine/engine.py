@@ -226,9 +226,12 @@ class Engine:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
             for name, adapter in zip(request.adapters, adapters, strict=False):
                 _check_route(name, adapter, request.route)
-            for adapter in adapters:
-                adapter.task.check_options(adapter.config, request.options, self.spec)
-            answered = await self._pipeline.answer([Job(one, request.options) for one in adapters], request.inputs, cut)
+            names = request.adapters if len(request.adapters) > 1 else [None]
+            jobs = [Job(adapter, request.options, name) for name, adapter in zip(names, adapters, strict=True)]
+            for job in jobs:
+                with job.blamed():
+                    job.adapter.task.check_options(job.adapter.config, job.options, self.spec)
+            answered = await self._pipeline.answer(jobs, request.inputs, cut)
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
             name = choice.ref.name

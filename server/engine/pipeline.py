@@ -1,8 +1,9 @@
 """Inputs through adapters: tokenized, queued, run, and read. What requests, proofs and comparisons share."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from server.backbone.tokenizer import Tokenizer
 from server.core import Encoding, Long, Options, Prediction, TextInput, WindowPooling
 from server.engine.runner import Row
 from server.engine.worker import Worker
-from server.errors import InvalidRequest, TooLarge
+from server.errors import AdapterdError, InvalidRequest, TooLarge
 from server.tasks.adapter import TaskAdapter
 from server.tasks.base import Window
 from server.tasks.pooled import PooledTask
@@ -31,6 +32,19 @@ class Job:
 
     adapter: TaskAdapter
     options: Options
+    name: str | None = None
+    """What errors call it, where there are others that they could be about."""
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Errors of a request that are raised meanwhile say that they are about this adapter."""
+        try:
+            yield
+        except AdapterdError as error:
+            if self.name is None:
+                raise
+            message = f"adapter {self.name!r}: {error.message}"
+            raise type(error)(message, param=error.param, code=error.error_code) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +80,8 @@ class Pipeline:
         more scores than an answer holds, Overloaded or ShuttingDown.
         """
         for job in jobs:
-            _check(job, inputs, cut)
+            with job.blamed():
+                _check(job, inputs, cut)
         shared: dict[tuple[int, bool, bool], list[list[Encoding]]] = {}  # adapters that read alike share encodings
         encoded = []
         for job in jobs:
