@@ -553,6 +553,7 @@ def test_whatever_the_object_store_raises(
 
     for name in SERVER_CALLS:
         monkeypatch.setattr(objects_module.obstore, name, fail)
+    monkeypatch.setattr(objects_module._Folder, "call", fail)
     with pytest.raises(StoreUnavailable, match=r"^the adapter store failed$") as caught:
         call(files)
     assert caught.value.__cause__ is error
@@ -1474,12 +1475,12 @@ def missing(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("call", ["put_version", "pin", *LISTINGS])
-def test_a_bucket_that_is_not_there(call: str, files: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_is_not_there(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its server answers every call with 404, which obstore gives as FileNotFoundError."""
     for name in SERVER_CALLS:
         monkeypatch.setattr(objects_module.obstore, name, missing)
     with pytest.raises(StoreUnavailable):
-        CALLS[call](files)
+        CALLS[call](Sync(AdapterStore.open("memory://")))
 
 
 def test_a_version_that_is_collected_while_it_is_read(store: Sync) -> None:
@@ -1507,9 +1508,61 @@ def test_a_version_half_of_which_cannot_be_read_is_not_said_to_be_damaged(
             raise PermissionError("no")
         return await original(objects, key, **options)
 
+    def of_a_folder(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def call(folder: Any, key: str) -> Any:
+            if key.endswith(half):
+                raise PermissionError("no")
+            return original(folder, key)
+
+        return call
+
     monkeypatch.setattr(objects_module.obstore, "get_async", get)
+    for name in ("read", "size"):
+        monkeypatch.setattr(objects_module._Folder, name, of_a_folder(getattr(objects_module._Folder, name)))
     with pytest.raises(StoreUnavailable):
         store.get_version("a", MISSING)
+
+
+FOLDER_READS: dict[str, Callable[[Objects], Awaitable[object]]] = {
+    "get": lambda objects: objects.get("folder/there"),
+    "choose": lambda objects: objects.choose("folder", min),
+    "get_and_open": lambda objects: objects.get_and_open("folder/there", "folder/there"),
+}
+
+
+@pytest.mark.parametrize("call", FOLDER_READS.values(), ids=FOLDER_READS)
+def test_a_folder_that_hangs_is_asked_again(
+    call: Callable[[Objects], Awaitable[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "there").write_bytes(b"old")
+    original, plan = objects_module._Folder.call, [fails(TimeoutError()), fails(OSError("stale file handle"))]
+
+    async def faked(folder: Any, function: Callable[[], Any]) -> Any:
+        return await (plan.pop(0)(function) if plan else original(folder, function))
+
+    monkeypatch.setattr(objects_module._Folder, "call", faked)
+    assert asyncio.run(call(Objects.open(str(tmp_path))))
+    assert not plan
+    plan += [hangs] * ATTEMPTS
+    with pytest.raises(StoreUnavailable):
+        asyncio.run(call(Objects.open(str(tmp_path), timeout_seconds=0.001)))
+    assert not plan
+
+
+def test_the_object_that_is_chosen(store: Sync) -> None:
+    objects = store.store._objects
+
+    async def calls() -> None:
+        for key in ("folder/1", "folder/2", "folders/3"):
+            await objects.put(key, key.encode())
+        assert await objects.choose("folder", max) == ("2", b"folder/2")
+        assert await objects.choose("folder", lambda names: None) is None
+        assert await objects.choose("nothing", lambda names: max(names, default=None)) is None
+        with pytest.raises(FileNotFoundError):
+            await objects.choose("folder", lambda names: "gone")
+
+    asyncio.run(calls())
 
 
 # ------------------------------------------------------------------------------------------------------- collection
