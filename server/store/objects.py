@@ -27,13 +27,14 @@ from obstore.exceptions import (
 )
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, ObjectStore, S3Store
 
+from server.blocks import BLOCKS
 from server.errors import InvalidRequest, StoreUnavailable
 from server.logs import get_logger
 
 log = get_logger("adapterd.store")
 
 T = TypeVar("T")
-Buffer = bytes | obstore.Bytes
+Buffer = bytes | memoryview | obstore.Bytes
 Choose = Callable[[list[str]], str | None]
 
 ATTEMPTS = 3
@@ -101,6 +102,15 @@ class _Folder:
         """A file's bytes."""
         with open(self._path(key), "rb", buffering=0) as file:
             return file.readall()
+
+    def read_block(self, key: str) -> memoryview:
+        """The same for a file of some size."""
+        with open(self._path(key), "rb", buffering=0) as file:
+            data = BLOCKS.take(os.fstat(file.fileno()).st_size)
+            done = 0
+            while done < len(data) and (count := file.readinto(data[done:])):
+                done += count
+        return data[:done]
 
     def choose(self, prefix: str, choose: Choose) -> tuple[str, bytes] | None:
         """See Objects.choose."""
@@ -221,7 +231,7 @@ class Objects:
     async def _read_file(self, key: str, size: int) -> Buffer:
         folder = self._folder_files
         assert folder is not None
-        return await self._find(lambda: folder.call(lambda: folder.read(key)), size)
+        return await self._find(lambda: folder.call(lambda: folder.read_block(key)), size)
 
     async def open_object(self, key: str) -> Opened:
         """An object's size; its bytes follow when they are asked for."""
@@ -235,7 +245,7 @@ class Objects:
 
         return Opened(size, lambda: self._find(once, size))
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes an object, whole or not at all, over what may be there."""
         await self._write(key, data, "overwrite")
 
@@ -250,7 +260,7 @@ class Objects:
             return False
         return True
 
-    async def _write(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+    async def _write(self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]) -> None:
         await self._check_root()  # which obstore would make again, perhaps where something should be mounted
         await self._call(lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+from server.blocks import BLOCKS
 from server.errors import (
     AdapterdError,
     Conflict,
@@ -69,7 +70,7 @@ class OpenedVersion:
         """Its bytes, as a function that makes an artifact of them and proves that they are what was stored: it
         computes, and should not do so on an event loop. Raises CorruptVersion."""
         tensors = await self.read_tensors()
-        return lambda: Artifact.verify(self.version, self.manifest_file, bytes(tensors))
+        return lambda: Artifact.verify(self.version, self.manifest_file, _in_block(tensors))
 
 
 class AdapterStore:
@@ -366,6 +367,15 @@ class AdapterStore:
     async def unpin(self, name: str) -> None:
         """The opposite of pin."""
         await self._objects.delete(f"{_PINS}/{check_name(name)}")
+
+
+def _in_block(data: Buffer) -> memoryview:
+    """Bytes of some size, where they may be written to: torch takes no others as they are."""
+    if isinstance(data, memoryview):
+        return data
+    block = BLOCKS.take(len(data))
+    block[:] = memoryview(data).cast("B")
+    return block
 
 
 def _unknown(name: str, version: str) -> UnknownVersion:
