@@ -1538,8 +1538,8 @@ def test_a_folder_that_hangs_is_asked_again(
     (tmp_path / "folder" / "there").write_bytes(b"old")
     original, plan = objects_module._Folder.call, [fails(TimeoutError()), fails(OSError("stale file handle"))]
 
-    async def faked(folder: Any, function: Callable[[], Any]) -> Any:
-        return await (plan.pop(0)(function) if plan else original(folder, function))
+    async def faked(folder: Any, function: Callable[[], Any], size: int = 0) -> Any:
+        return await (plan.pop(0)(function) if plan else original(folder, function, size))
 
     monkeypatch.setattr(objects_module._Folder, "call", faked)
     assert asyncio.run(call(Objects.open(str(tmp_path))))

@@ -13,6 +13,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 import obstore
 import stamina
@@ -48,6 +49,9 @@ SCHEMES = ("file", "memory", "s3", "gs", "az")
 
 FOLDER_THREADS = 8
 """They read a folder's files, and wait where the folder hangs."""
+
+LARGEST_TOGETHER = 1024 * 1024
+"""Bytes of a file that is read together with others; larger ones let nobody wait for them."""
 
 S3_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Where AWS's own tools look for one."""
@@ -86,17 +90,34 @@ class Opened:
     """Raises StoreUnavailable. Copying the bytes into Python's takes time, which is left to the caller."""
 
 
+Work = tuple[Callable[[], Any], asyncio.Future[Any]]
+
+
 class _Folder:
-    """Reads a folder's files, with one change of threads for all that a caller wants to know: through obstore each
-    call has its own, and costs ten times as much as what it does."""
+    """Reads a folder's files on other threads. Handing over to a thread and back costs more than most of what is read:
+    what is asked for at the same time, when a batch of answers has gone out, goes there together."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         self._threads = ThreadPoolExecutor(FOLDER_THREADS, "adapterd-store")
+        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Work]] = WeakKeyDictionary()
 
-    async def call(self, function: Callable[[], T]) -> T:
-        """Does something with files on another thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def call(self, function: Callable[[], T], size: int = 0) -> T:
+        """Does something quick with files, or something with so many bytes of them."""
+        loop = asyncio.get_running_loop()
+        if size > LARGEST_TOGETHER:
+            return await loop.run_in_executor(self._threads, function)
+        waiting = self._waiting.setdefault(loop, [])
+        outcome: asyncio.Future[T] = loop.create_future()
+        waiting.append((function, outcome))
+        if len(waiting) == 1:
+            loop.call_soon(self._start, loop)
+        return await outcome
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        together = self._waiting.pop(loop)
+        work = loop.run_in_executor(self._threads, lambda: [_outcome(function) for function, _ in together])
+        work.add_done_callback(lambda done: _settle([outcome for _, outcome in together], done.result()))
 
     def read(self, key: str) -> bytes:
         """A file's bytes."""
@@ -137,6 +158,23 @@ class _Folder:
 
     def _path(self, key: str) -> str:
         return os.path.join(self._root, key)
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _settle(waiting: list[asyncio.Future[Any]], outcomes: list[tuple[Any, Exception | None]]) -> None:
+    for future, (value, error) in zip(waiting, outcomes, strict=True):
+        if future.done():  # nobody waits any more
+            continue
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
 
 
 class Objects:
@@ -231,7 +269,7 @@ class Objects:
     async def _read_file(self, key: str, size: int) -> Buffer:
         folder = self._folder_files
         assert folder is not None
-        return await self._find(lambda: folder.call(lambda: folder.read_block(key)), size)
+        return await self._find(lambda: folder.call(lambda: folder.read_block(key), size), size)
 
     async def open_object(self, key: str) -> Opened:
         """An object's size; its bytes follow when they are asked for."""
