@@ -276,8 +276,12 @@ def compacted(bound: T, given: Iterable[Tensor] = ()) -> T:
     return cast(T, _replaced(bound, dict(zip(own, copies, strict=True))))
 
 
+@torch.inference_mode()
 def in_one_piece(values: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Tensor]:
-    """Copies in given number formats, in one piece of memory. None of the values may be empty."""
+    """Copies in given number formats, in one piece of memory. None of the values may be empty.
+
+    They are inference tensors: what autograd notes of a view takes as much memory as the tensor itself.
+    """
     if not values:
         return []
     layout = _layout(tuple((dtype, value.shape) for dtype, value in zip(dtypes, values, strict=True)))
