@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from server import logs
 from server.app import create_app
 from server.engine.engine import Engine
+from server.engine.warmup import WarmUp
 from server.errors import AdapterdError
 from server.settings import Settings
 
@@ -46,7 +47,12 @@ class _Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             assert isinstance(self.config.app, FastAPI)
+            self._warm_up = WarmUp(self.config.app.state.backbone)
             print(await _greeting(self.config.app.state.engine, f"http://{host}:{port}"), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._warm_up.stop)
 
 
 async def _give_back_memory() -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import Sync
 from hypothesis import assume, given, settings
@@ -39,9 +40,17 @@ from obstore.exceptions import (
 from obstore.store import GCSStore, MemoryStore, S3Store
 from pydantic import ValidationError
 
-from server.errors import Conflict, CorruptVersion, InvalidRequest, StoreUnavailable, UnknownAdapter, UnknownVersion
+from server.errors import (
+    Conflict,
+    CorruptVersion,
+    InvalidAdapter,
+    InvalidRequest,
+    StoreUnavailable,
+    UnknownAdapter,
+    UnknownVersion,
+)
 from server.store import objects as objects_module
-from server.store.artifact import Artifact, Golden, Manifest, TrainedOn
+from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, read_tensors
 from server.store.gc import Removed, collect
 from server.store.objects import ATTEMPTS, Objects
 from server.store.releases import DELETED, MAX_SERVING, MAX_SHADOWS, SHARES_TOLERANCE, Plan, Release, choose
@@ -1925,3 +1934,29 @@ def test_what_is_uploaded_again_while_garbage_is_collected_stays(memory_store: S
 
     assert asyncio.run(again()) == []
     assert memory_store.get_version("a", version).version == version
+
+
+# ------------------------------------------------------------------------------------------------- tensors in memory
+
+
+def layouts() -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of a file that is read where it lies, and of some that are not."""
+    return {
+        "one format": {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([7.0])},
+        "two formats": {"b": torch.arange(6.0), "a": torch.arange(3, dtype=torch.bfloat16)},
+        "an empty one": {"b": torch.arange(6.0), "a": torch.empty(0, 4)},
+    }
+
+
+@pytest.mark.parametrize("tensors", layouts().values(), ids=layouts())
+def test_tensors_in_memory_are_those_of_the_file(tensors: dict[str, torch.Tensor]) -> None:
+    data = safetensors.torch.save(tensors)
+    for _ in range(2):  # the second time, the header is known
+        read = read_tensors("file", memoryview(bytearray(data)))
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name], tensor)
+    for damaged in (data[:-1], data + b"x", data[:7], b"", b"\xff" * 100):
+        with pytest.raises(InvalidAdapter, match="not a whole safetensors file"):
+            read_tensors("file", memoryview(bytearray(damaged)))
