@@ -13,6 +13,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from server import logs
 from server.app import create_app
+from server.blocks import BLOCKS
 from server.engine.engine import Engine
 from server.engine.warmup import WarmUp
 from server.errors import AdapterdError
@@ -61,6 +62,7 @@ async def _give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while trim is not None:
         await asyncio.sleep(TRIM_SECONDS)
+        BLOCKS.drop()
         await asyncio.to_thread(trim, 0)
 
 
