@@ -38,6 +38,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
 
     app = FastAPI(title="adapterd", version=server.__version__, lifespan=lifespan)
     app.state.engine = engine
+    app.state.backbone = backbone
     app.state.settings = settings
     app.state.metrics = metrics
     for router in (tasks.router, admin.router, health.router, *compat.ROUTERS):
