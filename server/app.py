@@ -43,6 +43,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
 
     app = FastAPI(title="adapterd", version=server.__version__, lifespan=lifespan)
     app.state.engine = engine
+    app.state.backbone = backbone
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.asks_for_keys = gate.closed

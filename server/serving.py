@@ -14,7 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from server import logs
 from server.app import create_app
+from server.blocks import BLOCKS
 from server.engine.engine import Engine
+from server.engine.warmup import WarmUp
 from server.errors import AdapterdError
 from server.settings import Settings
 from server.tasks import TASKS
@@ -23,6 +25,13 @@ GREETING_SECONDS = 5.0
 """How long the greeting waits for the store."""
 
 TRIM_SECONDS = 5.0
+
+ARENAS = 2
+"""Of glibc's malloc, whose threads take turns on them. It gives eight to each core, and each keeps holes of its own;
+but Python's threads allocate little at the same time."""
+
+M_ARENA_MAX = -8
+"""mallopt's name for their number, from malloc.h."""
 
 SHUTDOWN_SECONDS = 30
 """How long requests may take to end once a signal has come; what still runs then gets no answer."""
@@ -41,8 +50,13 @@ class _Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             assert isinstance(self.config.app, FastAPI)
+            self._warm_up = WarmUp(self.config.app.state.backbone)
             url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
             print(await _greeting(self.config.app, url), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await asyncio.to_thread(self._warm_up.stop)
 
 
 async def _give_back_memory() -> None:
@@ -51,11 +65,19 @@ async def _give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while trim is not None:
         await asyncio.sleep(TRIM_SECONDS)
+        BLOCKS.drop()
         await asyncio.to_thread(trim, 0)
+
+
+def _limit_arenas() -> None:
+    """Before there are threads; where there is no glibc, nothing."""
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(M_ARENA_MAX, ARENAS)
 
 
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
+    _limit_arenas()
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:

@@ -32,7 +32,7 @@ from server.adapters.plan import AdapterPlan
 from server.app import create_app
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.backbone.tokenizer import Tokenizer
+from server.backbone.tokenizer import MAX_WINDOWS, Tokenizer
 from server.core import Aggregation, Span, TextInput
 from server.settings import Settings
 from server.store.artifact import Artifact, Manifest
@@ -873,19 +873,32 @@ def test_an_answer_deep_in_a_long_context_is_found(finder: TestClient, place: in
     refused(finder.post("/answer", json={**body, "inputs": one, "truncate": False}), 413, "inputs.0")
 
 
-def test_texts_of_too_many_windows_are_refused(tiny: TestClient, idle: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("server.engine.pipeline.MAX_WINDOWS", 3)
-    most = MAX_TOKENS - 2 + 2 * 23
+def test_texts_of_too_many_windows_are_refused(tiny: TestClient, idle: None) -> None:
+    most = MAX_TOKENS - 2 + (MAX_WINDOWS - 1) * 23
+    answer = ask(tiny, "/embed", {"long": "window", "inputs": words(most)})
+    assert len(answer["windows"][0]) == MAX_WINDOWS
     for route, body in (
         ("/tag", {"adapter": "tagging"}),
         ("/classify", {"adapter": "regression", "long": "window"}),
         ("/embed", {"long": "window"}),
     ):
-        assert ask(tiny, route, {**body, "inputs": words(most)})["truncated"] == []
         message = refused(
             tiny.post(route, json={**body, "inputs": ["w1", words(most + 1)]}), 413, "inputs.1", "text_too_long"
         )
-        assert "at most 3" in message
+        assert f"at most {MAX_WINDOWS}" in message
+
+
+def test_long_texts_for_many_adapters_are_limited(fresh: TestClient, small: Backbone) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        serve(fresh, name, tiny_artifact(small, "tagging", method="head_only", config={}))
+    inputs = [words(2500), words(100)]
+    used = ask(fresh, "/tag", {"adapter": "a", "inputs": inputs})["usage"]["tokens"]
+    assert 2 * used < 256 * MAX_TOKENS < 3 * used
+    assert len(ask(fresh, "/tag", {"adapters": names[:2], "inputs": inputs})["answers"]) == 2
+    body = {"adapters": names, "inputs": inputs}
+    assert str(3 * used) in refused(fresh.post("/tag", json=body), 413, "inputs", "too_many_tokens")
+    assert not held_adapters(fresh)
 
 
 def test_a_first_text_without_room_for_windows_is_refused(tiny: TestClient, idle: None) -> None:

@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypedDict
 
 from server.backbone.backbone import Backbone
+from server.backbone.tokenizer import MAX_WINDOWS
 from server.core import (
     AdapterRef,
     BackboneSpec,
@@ -147,6 +148,9 @@ class Engine:
             clock=clock,
         )
         self._worker = Worker(Runner(backbone), scheduler, metrics)
+        # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
+        # texts, each for many adapters, would hold the device for minutes.
+        self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
         self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool)
         prover = Prover(backbone, self._pipeline)
         checker = Checker(backbone)
@@ -236,7 +240,7 @@ class Engine:
             for job in jobs:
                 with job.blamed():
                     job.adapter.task.check_options(job.adapter.config, job.options, self.spec)
-            answered = await self._pipeline.answer(jobs, request.inputs, cut)
+            answered = await self._pipeline.answer(jobs, request.inputs, cut, max_tokens=self._max_request_tokens)
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
             name = choice.ref.name

@@ -73,11 +73,14 @@ class Pipeline:
         self._worker = worker
         self._executor = executor
 
-    async def answer(self, jobs: Sequence[Job], inputs: Sequence[TextInput], cut: Cut = Cut()) -> list[Answered]:
+    async def answer(
+        self, jobs: Sequence[Job], inputs: Sequence[TextInput], cut: Cut = Cut(), *, max_tokens: int | None = None
+    ) -> list[Answered]:
         """All inputs through all adapters, in one go.
 
-        Raises InvalidRequest for an input that an adapter cannot answer, TooLarge for one that may not be cut and for
-        more scores than an answer holds, Overloaded or ShuttingDown.
+        Raises InvalidRequest for an input that an adapter cannot answer, TooLarge for one that may not be cut, for more
+        scores than an answer holds and for more than `max_tokens` in all windows for all adapters, Overloaded or
+        ShuttingDown.
         """
         for job in jobs:
             with job.blamed():
@@ -89,6 +92,14 @@ class Pipeline:
             if framing not in shared:
                 shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate)
             encoded.append(shared[framing])
+        tokens = sum(len(one) for windows in encoded for own in windows for one in own)
+        if max_tokens is not None and tokens > max_tokens:
+            raise TooLarge(
+                f"the inputs come to {tokens} tokens in all windows for all adapters, at most {max_tokens} are run for "
+                "one request",
+                param="inputs",
+                code="too_many_tokens",
+            )
         rows = [_rows(job, windows) for job, windows in zip(jobs, encoded, strict=True)]
         answers = iter(await self.run(list(chain.from_iterable(rows))))
         pooling = cut.long.pooling if cut.long else WindowPooling.MEAN
