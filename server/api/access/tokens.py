@@ -102,6 +102,7 @@ class Tokens:
         except (self._jwt.PyJWTError, OSError, ValueError) as error:
             log.warning("the issuer's keys cannot be fetched", reason=type(error).__name__)
             return
+        # Not all of PyJWT's versions mind a header that calls a published shared secret something else.
         self._keys = {str(key.key_id): key for key in found if key.algorithm_name in ALGORITHMS}
         self._fetched = self._clock()
 
