@@ -1,26 +1,53 @@
+# adapterd with its default backbone. docs/deploy.md says what the arguments are for.
 ARG BASE_IMAGE=python:3.11-slim-bookworm
 
 FROM ${BASE_IMAGE} AS build
-RUN python -m venv /opt/adapterd
+# Wheels of torch for processors. PyPI's bring CUDA along on Linux, several GB; for GPUs it is https://pypi.org/simple, or
+# https://download.pytorch.org/whl/ and a release of CUDA.
+ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+ARG EXTRAS=default-backbone,jwt
+# Without pip: the base image's installs into it, and the server has no use for one.
+RUN python -m venv --without-pip /opt/adapterd
 WORKDIR /src
-COPY pyproject.toml constraints.txt README.md ./
+COPY constraints.txt ./
+RUN python -m pip --python /opt/adapterd/bin/python install --no-cache-dir --no-deps \
+    --index-url "${TORCH_INDEX_URL}" --constraint constraints.txt torch
+# What adapterd needs, in a layer that changes with its requirements only.
+COPY pyproject.toml README.md ./
+RUN mkdir server && touch server/__init__.py \
+    && python -m pip --python /opt/adapterd/bin/python install --no-cache-dir \
+    --constraint constraints.txt ".[${EXTRAS}]" \
+    && rm -r server build
 COPY server ./server
-RUN /opt/adapterd/bin/pip install --no-cache-dir --constraint constraints.txt '.[default-backbone,jwt]'
+RUN python -m pip --python /opt/adapterd/bin/python install --no-cache-dir --no-deps --force-reinstall .
 
 FROM ${BASE_IMAGE}
+# Everything but the store belongs to root, so the server can write to nothing else, whatever mounts the image.
+RUN groupadd --gid 10001 adapterd \
+    && useradd --uid 10001 --gid 10001 --no-create-home --shell /usr/sbin/nologin adapterd
 COPY --from=build /opt/adapterd /opt/adapterd
-COPY adapters_store /var/lib/adapterd
-# The store is a volume in any real deployment; uploads into it need the server's user to own it.
-RUN useradd --system --uid 10001 adapterd && chown -R adapterd /var/lib/adapterd
+COPY --chown=10001:10001 adapters_store /var/lib/adapterd
+# A place that can be written to where the root file system is read-only.
+VOLUME ["/var/lib/adapterd"]
+# A backbone that is named by its hub id is kept in HF_HOME.
 # It listens to others, so it does not start without keys (ADAPTERD_API_KEYS_FILE or ADAPTERD_API_KEYS), unless
 # ADAPTERD_INSECURE=true says that something in front asks who it is. See docs/security.md.
 ENV PATH=/opt/adapterd/bin:${PATH} \
+    PYTHONDONTWRITEBYTECODE=1 \
+    HF_HOME=/tmp/huggingface \
     ADAPTERD_HOST=0.0.0.0 \
+    ADAPTERD_PORT=8000 \
     ADAPTERD_STORE=/var/lib/adapterd \
     ADAPTERD_LOG_FORMAT=json
-USER adapterd
+USER 10001:10001
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=3s --start-period=60s \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as request; request.urlopen('http://127.0.0.1:' + os.environ['ADAPTERD_PORT'] + '/readyz', timeout=2)"]
 ENTRYPOINT ["adapterd"]
 CMD ["serve"]
+ARG VERSION=0.1.0
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="adapterd" \
+    org.opencontainers.image.description="One frozen transformer backbone, thousands of hot-swappable adapters, one forward pass." \
+    org.opencontainers.image.version="${VERSION}" \
+    org.opencontainers.image.revision="${REVISION}"
