@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import math
 import socket
 import sys
 
@@ -22,8 +23,8 @@ GREETING_SECONDS = 5.0
 
 TRIM_SECONDS = 5.0
 
-SHUTDOWN_SECONDS = 30
-"""How long requests may take to end once a signal has come; what still runs then gets no answer."""
+LAST_ANSWERS_SECONDS = 1.0
+"""How long the requests that are cut off in the end may take to be answered with 503."""
 
 
 class _Server(uvicorn.Server):
@@ -40,6 +41,20 @@ class _Server(uvicorn.Server):
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             assert isinstance(self.config.app, FastAPI)
             print(await _greeting(self.config.app.state.engine, f"http://{host}:{port}"), flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
+        connections are refused."""
+        assert isinstance(self.config.app, FastAPI)
+        engine: Engine = self.config.app.state.engine
+        settings: Settings = self.config.app.state.settings
+        loop = asyncio.get_running_loop()
+        told = loop.time()
+        engine.drain()
+        await asyncio.sleep(min(settings.shutdown_delay_seconds, settings.shutdown_grace_seconds))
+        cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
+        await super().shutdown(sockets)
+        cutting.cancel()
 
 
 async def _give_back_memory() -> None:
@@ -67,7 +82,8 @@ def run(settings: Settings) -> int:
             port=settings.port,
             log_config=None,
             access_log=False,
-            timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+            # In shutdown() above, requests are told to end before uvicorn cuts their connections.
+            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS),
         )
     )
     server.run()

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from server.api.schemas import ErrorAnswer, ErrorBody
-from server.errors import AdapterdError
+from server.errors import AdapterdError, ShuttingDown
 from server.logs import get_logger
 
 log = get_logger("adapterd.api")
@@ -23,7 +23,7 @@ MESSAGES = {"model_attributes_type": "a JSON object is needed, sent with Content
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
-    for status in (404, 409, 413, 422, 429, 500, 503, 507)
+    for status in (404, 409, 413, 422, 429, 500, 503, 504, 507)
 }
 """For the OpenAPI document."""
 
@@ -47,6 +47,8 @@ async def _handle(_: Request, error: Exception) -> JSONResponse:
         status, body = error.status, _body(error.message, error.type, error.error_code, error.param)
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
+        if isinstance(error, ShuttingDown):
+            headers["Connection"] = "close"  # else the client's next request may meet a connection that is closed
     else:
         # Caught outside all other middleware, which therefore adds nothing to this answer; and raised again, so that
         # the traceback is logged.

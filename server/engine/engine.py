@@ -20,6 +20,7 @@ from server.core import (
     Span,
     TaskAnswer,
     TaskRequest,
+    Terms,
 )
 from server.engine.catalog import Catalog
 from server.engine.loading import Checked, Checker, Loader
@@ -29,12 +30,24 @@ from server.engine.pipeline import Answered as PipelineAnswer
 from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.proof import Prover
 from server.engine.publishing import Published, Publisher, Upload
+from server.engine.quarantine import Quarantine
 from server.engine.residency import Residency
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.shadows import Answered, Shadows
 from server.engine.worker import QueuedRow, Worker
-from server.errors import AdapterdError, CorruptVersion, InvalidRequest, StoreUnavailable, WrongTask
+from server.errors import (
+    AdapterdError,
+    AdapterQuarantined,
+    CorruptVersion,
+    DeadlineExceeded,
+    DeviceStopped,
+    InvalidRequest,
+    Overloaded,
+    ShuttingDown,
+    StoreUnavailable,
+    WrongTask,
+)
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings
@@ -122,8 +135,15 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             max_queue_tokens=settings.max_queue_tokens,
             clock=clock,
+            weight=settings.weight,
+            aging_seconds=settings.priority_aging_seconds,
+            delay_seconds=settings.max_batch_delay_ms / 1000,
         )
-        self._worker = Worker(Runner(backbone), scheduler, metrics)
+        self._clock = clock
+        self._quarantine = Quarantine(
+            metrics, failures=settings.quarantine_failures, pause_seconds=settings.quarantine_seconds, clock=clock
+        )
+        self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine)
         self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool)
         prover = Prover(backbone, self._pipeline)
         checker = Checker(backbone)
@@ -153,6 +173,10 @@ class Engine:
         self._embedders: dict[Pooling, TaskAdapter] = {}
         """The backbone alone, by what makes a vector of a text's states."""
         self._following: asyncio.Task[None] | None = None
+        self._limits: set[asyncio.Timeout] = set()
+        """Of the requests under way."""
+        self._draining = False
+        self._cut_off = False
 
     @property
     def spec(self) -> BackboneSpec:
@@ -177,12 +201,27 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered. The store is not asked: adapters in memory outlive it."""
-        return self._worker.alive
+        return self._worker.alive and not self._draining
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the device's thread has died: no request will ever be answered again."""
+        return self._worker.crashed
 
     def start(self) -> None:
         """Starts the device's thread, and following the store's pins."""
         self._worker.start()
         self._following = asyncio.get_running_loop().create_task(self._pins.follow())
+
+    def drain(self) -> None:
+        """New requests get ShuttingDown from here on; those under way are answered."""
+        self._draining = True
+
+    def cut_off(self) -> None:
+        """Requests under way get ShuttingDown as well."""
+        self._draining = self._cut_off = True
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     def stop(self) -> None:
         """Ends every request that still waits, and all threads."""
@@ -198,8 +237,41 @@ class Engine:
     async def run(self, request: TaskRequest) -> list[TaskAnswer]:
         """What each adapter says to all inputs; each from one version: the one asked for, or one of its last release.
 
-        No adapter at all is the bare backbone's answer. Raises WrongTask for an adapter that another route answers.
+        No adapter at all is the bare backbone's answer. Raises WrongTask for an adapter that another route answers,
+        DeadlineExceeded, Overloaded and AdapterQuarantined. Cancelling it gives its place in the queue up.
         """
+        try:
+            return await self._timed(request)
+        except (Overloaded, AdapterQuarantined, ShuttingDown, DeviceStopped) as error:
+            self._metrics.rejected.labels(error.error_code).inc()
+            raise
+        except DeadlineExceeded:
+            self._metrics.expired.inc()
+            raise
+        except asyncio.CancelledError:
+            self._metrics.cancelled.inc()
+            raise
+
+    async def _timed(self, request: TaskRequest) -> list[TaskAnswer]:
+        if self._draining:
+            raise ShuttingDown("the server is shutting down")
+        seconds = request.timeout_seconds
+        terms = Terms(request.priority, None if seconds is None else self._clock() + seconds)
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                return await self._run(request, terms)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if self._cut_off:
+                raise ShuttingDown("the server is shutting down") from None
+            raise DeadlineExceeded(f"the request took longer than {seconds:g} s") from None
+        finally:
+            self._limits.discard(limit)
+
+    async def _run(self, request: TaskRequest, terms: Terms) -> list[TaskAnswer]:
         chosen = [await self._choose(name, request) for name in request.adapters]
         cut = Cut(request.truncate, request.long)
         async with AsyncExitStack() as leases:
@@ -208,7 +280,9 @@ class Engine:
                 _check_route(name, adapter, request.route)
             for adapter in adapters:
                 adapter.task.check_options(adapter.config, request.options, self.spec)
-            answered = await self._pipeline.answer([Job(one, request.options) for one in adapters], request.inputs, cut)
+            refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
+            jobs = [Job(one, request.options, ref) for one, ref in zip(adapters, refs, strict=True)]
+            answered = await self._pipeline.answer(jobs, request.inputs, cut, terms)
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
             name = choice.ref.name
@@ -216,7 +290,6 @@ class Engine:
             for shadow in choice.shadow:
                 compared = Answered(name, request.inputs, cut, request.options, task, answer.predictions)
                 self._shadows.start(compared, shadow)
-        refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
         return [self._answer(ref, answer, request) for ref, answer in zip(refs, answered, strict=True)]
 
     def _answer(self, ref: AdapterRef | None, answer: PipelineAnswer, request: TaskRequest) -> TaskAnswer:
@@ -270,25 +343,35 @@ class Engine:
 
     async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
         """See Publisher.publish."""
-        return await self._publisher.publish(name, upload, by=by)
+        published = await self._publisher.publish(name, upload, by=by)
+        self._quarantine.lift(name)
+        return published
 
     async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.release."""
-        return await self._publisher.release(name, plan, by=by, note=note, after=after)
+        release = await self._publisher.release(name, plan, by=by, note=note, after=after)
+        self._quarantine.lift(name)
+        return release
 
     async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
         """See Publisher.rollback."""
-        return await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
+        release = await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
+        self._quarantine.lift(name)
+        return release
 
     async def delete(self, name: str, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.delete."""
-        return await self._publisher.delete(name, by=by, note=note, after=after)
+        release = await self._publisher.delete(name, by=by, note=note, after=after)
+        self._quarantine.lift(name)
+        return release
 
     async def verify(self, name: str, version: str | None) -> tuple[str, Report]:
         """Reads a version, by default the main one, from the store and proves it anew. Raises what is wrong with it."""
         if version is None:
             version = self._describe(name, await self._catalog.serving(name)).version
-        return version, await self._publisher.verify(name, version)
+        report = await self._publisher.verify(name, version)
+        self._quarantine.lift(name)
+        return version, report
 
     async def pin(self, name: str) -> None:
         """See Pins.pin."""
