@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.types import Scope
 
 import server
-from server.api import admin, errors, health, tasks
+from server.api import admin, compat, errors, health, tasks
 from server.api.middleware import LimitBody, Observe
 from server.backbone.backbone import Backbone
 from server.engine.engine import Engine
@@ -40,10 +40,9 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.state.engine = engine
     app.state.settings = settings
     app.state.metrics = metrics
-    app.include_router(tasks.router)
-    app.include_router(admin.router)
-    app.include_router(health.router)
-    errors.install(app)
+    for router in (tasks.router, admin.router, health.router, *compat.ROUTERS):
+        app.include_router(router)
+    errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))
     app.add_middleware(Observe, metrics=metrics)
     app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)  # outermost, so that every line has the id

@@ -24,6 +24,9 @@ RENAMED = {
 COPIED = (".json", ".md", ".txt")
 """What else of a folder belongs to a checkpoint."""
 
+NESTED = "*/config.json"
+"""What of the folders in it does: sentence-transformers keeps the options of its pooling there."""
+
 
 def convert(source: Path, target: Path) -> list[str]:
     """Writes a folder's checkpoint to another one, pickles as safetensors: the names of the files written.
@@ -50,9 +53,12 @@ def convert(source: Path, target: Path) -> list[str]:
         for path in sorted(source.iterdir())
         if path.is_file() and path.suffix in (*COPIED, ".safetensors") and path.name not in converted
     ]
+    others += sorted(source.glob(NESTED))
     for path in others:
-        shutil.copyfile(path, target / path.name)
-    return sorted([*converted, *(path.name for path in others)])
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(path, copy)
+    return sorted([*converted, *(str(path.relative_to(source)) for path in others)])
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

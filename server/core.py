@@ -79,14 +79,23 @@ class Pooling(StrEnum):
     """The backbone's own frozen pooler on the first token (BERT: tanh(W h + b))."""
 
 
+class HeadKind(StrEnum):
+    """What transformers builds heads for, as its classes are called: `BertForTokenClassification`."""
+
+    SEQUENCE = "SequenceClassification"
+    TOKENS = "TokenClassification"
+    QUESTION = "QuestionAnswering"
+
+
 @dataclass(frozen=True, slots=True)
-class ClassifierSpec:
-    """The sequence classification head that transformers builds for a family: what it reads, and its tensors.
+class HeadSpec:
+    """A head that transformers builds for a family: what it reads, and its tensors.
 
     pooling -> dense -> activation -> norm -> output, where dense and norm may be missing.
     """
 
-    pooling: Pooling
+    pooling: Pooling | None
+    """None: each token of the text."""
     output: str
     """Path of the last linear layer."""
     dense: str | None = None
@@ -96,6 +105,8 @@ class ClassifierSpec:
     norm_eps: float = 1e-5
     bias: bool = True
     """Whether the last layer has one."""
+    prefix: str | None = None
+    """`base_model_prefix` of the class with this head, where it is not the family's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +127,8 @@ class BackboneSpec:
     """Whether sites.py knows the family; else only its linear layers and embeddings are sites."""
     sites: Mapping[Site, SiteSpec]
     poolings: frozenset[Pooling]
-    classifier: ClassifierSpec | None
-    """transformers' classification head for the family, if the family is listed."""
+    heads: Mapping[HeadKind, HeadSpec]
+    """transformers' heads for the family, if the family is listed."""
     layers: tuple[str, ...]
     """Paths of the layers, where the family is listed. A layer that is run through several times is one."""
     word_embeddings: str

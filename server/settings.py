@@ -135,6 +135,11 @@ class Settings(BaseSettings):
         ge=1,
         description="Body of an adapter upload, and the size of its archive's contents; beyond that 413.",
     )
+    lora_path_root: str | None = Field(
+        None,
+        description="Folder from which `/v1/load_lora_adapter` may load adapters that lie on the server's disk; "
+        "without one it loads none.",
+    )
     host_memory_bytes: int = Field(
         1024 * 1024 * 1024,
         ge=1,

@@ -1,4 +1,4 @@
-"""What PEFT can do to a sequence classifier, as a table, and PEFT's own answers for each row of it."""
+"""What PEFT can do to a model with a head, as a table, and PEFT's own answers for each row of it."""
 
 import copy
 import tempfile
@@ -28,7 +28,12 @@ from peft import (
     get_peft_model,
 )
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, PreTrainedModel
+from transformers import (
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedModel,
+)
 
 from server.core import Encoding
 
@@ -312,40 +317,79 @@ UNSUPPORTED_OPTIONS = {
 }
 
 
+MODELS: dict[str, Any] = {
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": None,  # the body alone
+}
+"""PEFT's task types."""
+
+OTHER_TASKS = tuple(task for task in MODELS if task != "SEQ_CLS")
+
+UNASKED = {("modernbert", "TOKEN_CLS"): ("head",), ("modernbert", "QUESTION_ANS"): ("head", "classifier")}
+"""Layers of other heads that PEFT saves only where they are listed."""
+
+SPREAD = (
+    "lora", "lora-dense", "lora-bias-all", "lora-exclude-regex", "lora-dora", "lora-embedding-and-linear", "vera",
+    "ia3-lists", "norms-listed", "prefix", "prompt", "p-tuning-mlp",
+)  # fmt: skip
+OTHER_CASES = tuple(
+    (task, family, case)
+    for task in OTHER_TASKS
+    for case in CASES
+    for family in case.families
+    if case.name in SPREAD
+    # in the body alone, no name has a dot before the first part, which this expression wants
+    and (task, case.name) != ("FEATURE_EXTRACTION", "lora-exclude-regex" if family != "bert" else "")
+)
+"""The cases that are tried with other heads too."""
+
+
 class Trained(NamedTuple):
     """A checkpoint as PEFT saves it, and what PEFT answers with it."""
 
     files: dict[str, bytes]
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    """None: the head has none."""
     logits: list[Tensor]
-    """Of each text alone."""
+    """Of each text alone: [labels], [tokens, outputs] of a head of tokens, or the mean of the states [hidden]."""
     bare: list[Tensor]
     """The same head's on the backbone without the adapter."""
 
 
-def classifier(family: str, labels: int, **options: Any) -> PreTrainedModel:
-    """transformers' classifier over the weights of the tiny backbone."""
+def classifier(family: str, labels: int, task: str, **options: Any) -> PreTrainedModel:
+    """transformers' model with a head over the weights of the tiny backbone; that alone for vectors."""
     base = tiny_model(family, **options)
+    if MODELS[task] is None:
+        return base
     config = copy.deepcopy(base.config)
-    config.num_labels = labels
-    model = AutoModelForSequenceClassification.from_config(config).eval()
+    config.num_labels = 2 if task == "QUESTION_ANS" else labels
+    model = MODELS[task].from_config(config).eval()
     result = model.base_model.load_state_dict(base.state_dict(), strict=False)
     assert not result.missing_keys
     return model
 
 
-def train(family: str, config: Callable[[Names], PeftConfig], *, seed: str = "", **options: Any) -> Trained:
+def train(
+    family: str, config: Callable[[Names], PeftConfig], *, seed: str = "", task: str = "SEQ_CLS", **options: Any
+) -> Trained:
     """PEFT's model of a family, as after a training. `options` are the backbone's."""
+    peft_config = config(NAMES[family])
+    if task != "SEQ_CLS":
+        peft_config.task_type = task
+        peft_config.modules_to_save = list(UNASKED.get((family, task), ())) or None
     with torch.random.fork_rng():
         torch.manual_seed(crc32(f"{family} {seed}".encode()))
-        return train_model(classifier(family, 2 + len(seed) % 4, **options), config(NAMES[family]), TEXTS)
+        return train_model(classifier(family, 2 + len(seed) % 4, task, **options), peft_config, TEXTS)
 
 
 @torch.no_grad()
 def train_model(model: PreTrainedModel, config: PeftConfig, texts: Sequence[Encoding], noise: float = NOISE) -> Trained:
     """Moves every weight that PEFT would train, saves the result and answers the texts with it."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith(f"{model.base_model_prefix}."):
+    body = {id(parameter) for parameter in model.base_model.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in body:
             parameter.add_(torch.randn(parameter.shape) * 0.5)
     bare = copy.deepcopy(model)
     tuned = get_peft_model(model, config).eval()
@@ -358,16 +402,26 @@ def train_model(model: PreTrainedModel, config: PeftConfig, texts: Sequence[Enco
     with tempfile.TemporaryDirectory() as folder:
         tuned.save_pretrained(folder)
         files = {path.name: path.read_bytes() for path in Path(folder).iterdir()}
-    inputs = [torch.tensor([text.ids]) for text in texts]
+    labelled = config.task_type in ("SEQ_CLS", "TOKEN_CLS")
     return Trained(
         files,
-        LABELS[: bare.config.num_labels],
-        [tuned(input_ids=ids).logits[0] for ids in inputs],
-        [bare(input_ids=ids).logits[0] for ids in inputs],
+        LABELS[: bare.config.num_labels] if labelled else None,
+        [_answer(tuned, text) for text in texts],
+        [_answer(bare, text) for text in texts],
     )
 
 
+def _answer(model: Any, text: Encoding) -> Tensor:
+    """What Trained.logits holds of a text, without its virtual tokens where there is one for each token."""
+    output = model(input_ids=torch.tensor([text.ids]))
+    if "start_logits" in output:
+        logits = torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1)
+    else:
+        logits = output.logits[0] if "logits" in output else output.last_hidden_state[0].mean(0)
+    return logits[-len(text) :] if logits.ndim == 2 else logits
+
+
 @cache
-def trained(family: str, case: Case) -> Trained:
+def trained(family: str, case: Case, task: str = "SEQ_CLS") -> Trained:
     """The case's checkpoint; made once."""
-    return train(family, case.config, seed=case.name)
+    return train(family, case.config, seed=case.name, task=task)

@@ -94,12 +94,11 @@ def test_the_real_backbones_spec(minilm: Backbone) -> None:
     assert (spec.hidden_size, spec.num_layers, spec.max_tokens) == (384, 6, 512)
     assert spec.poolings == frozenset(Pooling)
     assert spec.listed
-    assert spec.classifier is not None
-    assert (spec.classifier.pooling, spec.classifier.output, spec.classifier.dense) == (
-        Pooling.POOLER,
-        "classifier",
-        None,
-    )
+    assert spec.heads == {
+        HeadKind.SEQUENCE: HeadSpec(Pooling.POOLER, "classifier"),
+        HeadKind.TOKENS: HeadSpec(None, "classifier"),
+        HeadKind.QUESTION: HeadSpec(None, "qa_outputs"),
+    }
     assert spec.layers == tuple(f"encoder.layer.{index}" for index in range(6))
     assert spec.word_embeddings == "embeddings.word_embeddings"
     assert spec.named("query", "output") == ("query", "output.dense")
@@ -138,8 +137,8 @@ def test_the_sites_of_a_listed_family(family: str, backbone_of: BackboneOf) -> N
         for name in names:
             hit = [path for path in linear if is_target(path, name)]
             assert all(any(path.startswith(f"{layer}.") for path in hit) for layer in spec.layers)
-    assert spec.classifier is not None
-    pools = spec.classifier.pooling is Pooling.POOLER
+    assert spec.heads.keys() == set(HeadKind)
+    pools = spec.heads[HeadKind.SEQUENCE].pooling is Pooling.POOLER
     of_texts = {site for site, at in spec.sites.items() if at.reach is Reach.TEXTS}
     assert {site.name.partition(".")[0] for site in of_texts} == ({"pooler"} if pools else set())
     assert any("pooler" in path for path in linear) == pools
@@ -151,7 +150,7 @@ def test_the_sites_of_a_family_that_is_not_listed(family: str, backbone_of: Back
     """What can be told of any model: its linear layers and embeddings, and the states that leave it."""
     spec = backbone_of(family).spec
     assert not spec.listed
-    assert spec.classifier is None
+    assert not spec.heads
     assert (spec.layers, dict(spec.targets)) == ((), {})
     assert {site.kind for site in spec.sites} == {
         SiteKind.LINEAR, SiteKind.LINEAR_INPUT, SiteKind.EMBEDDING, SiteKind.ENCODER

@@ -1,4 +1,4 @@
-"""Whole classifiers of transformers: their bodies are the backbone, up to biases and norms, or they are refused."""
+"""Whole models of transformers with a head: their bodies are the backbone, up to biases and norms, or are refused."""
 
 import copy
 import json
@@ -15,16 +15,19 @@ import torch
 from helpers import LABELS, build, random_text, run, tiny_backbone, tiny_model
 from torch import Tensor, nn
 from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     PreTrainedModel,
+    pipeline,
 )
 from transformers.pytorch_utils import Conv1D
 
 from server.backbone.backbone import Backbone
 from server.backbone.sites import FAMILIES
 from server.convert import convert
-from server.core import Encoding, Pooling
+from server.core import ClassifyOptions, Encoding, HeadKind, LabelDecision, Pooling
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact
 from server.store.formats import read_checkpoint
@@ -118,6 +121,17 @@ TUNINGS: dict[str, tuple[tuple[Callable[[PreTrainedModel], None], ...], tuple[st
 }
 """What was trained beside the head: how, in which families, and our methods for it."""
 
+AUTO = {
+    HeadKind.SEQUENCE: AutoModelForSequenceClassification,
+    HeadKind.TOKENS: AutoModelForTokenClassification,
+    HeadKind.QUESTION: AutoModelForQuestionAnswering,
+}
+OF_TOKENS = (HeadKind.TOKENS, HeadKind.QUESTION)
+TOKEN_TUNINGS = ("head", "biases", "norms", "biases and norms")
+TOKEN_CASES = [
+    (family, kind, tuning) for kind in OF_TOKENS for tuning in TOKEN_TUNINGS for family in TUNINGS[tuning][1]
+]
+
 CASES = [(family, tuning) for tuning, (_, families, _) in TUNINGS.items() for family in families]
 
 
@@ -129,12 +143,18 @@ def saved(model: PreTrainedModel) -> Files:
 
 @torch.no_grad()
 def answers(model: PreTrainedModel) -> list[Tensor]:
-    return [model(input_ids=torch.tensor([text.ids])).logits[0] for text in TEXTS]
+    """The logits of each text: [labels], or [tokens, labels] of a head that reads tokens."""
+    outputs = [model(input_ids=torch.tensor([text.ids])) for text in TEXTS]
+    if "start_logits" in outputs[0]:
+        return [torch.stack([output.start_logits[0], output.end_logits[0]], dim=-1) for output in outputs]
+    return [output.logits[0] for output in outputs]
 
 
-def tuned(family: str, tuning: str = "head", labels: int = 3, **config: Any) -> Tuned:
-    """A classifier, saved and asked. `config` are further fields of its config."""
-    model = classifier(family, labels)
+def tuned(
+    family: str, tuning: str = "head", labels: int = 3, kind: HeadKind = HeadKind.SEQUENCE, **config: Any
+) -> Tuned:
+    """A model with a head, saved and asked. `config` are further fields of its config."""
+    model = classifier(family, 2 if kind is HeadKind.QUESTION else labels, AUTO[kind])
     bare = answers(model)
     for tune in TUNINGS[tuning][0]:
         tune(model)
@@ -437,31 +457,149 @@ def test_labels_come_from_the_config_a_side_file_or_the_upload(bert: Backbone) -
     refused(files, bert, "labels", "invalid_labels", labels=["a", "b"])
 
 
+PROBLEMS = [
+    (None, 3, "classification"),
+    (None, 1, "multi_label_classification"),
+    ("single_label_classification", 3, "classification"),
+    ("multi_label_classification", 3, "multi_label_classification"),
+    ("multi_label_classification", 1, "multi_label_classification"),
+    ("regression", 3, "regression"),
+    ("regression", 1, "regression"),
+]
+
+
+class _Ids:
+    """As much of a tokenizer as transformers' pipeline needs, for texts that are ids."""
+
+    model_input_names = ["input_ids"]
+
+    def __call__(self, text: str, **options: Any) -> dict[str, Tensor]:
+        return {"input_ids": torch.tensor([json.loads(text)])}
+
+
 @torch.inference_mode()
-def test_the_problem_type_chooses_the_task(bert: Backbone) -> None:
-    for problem, task, scores in (
-        (None, "classification", lambda logits: logits.softmax(-1)),
-        ("single_label_classification", "classification", lambda logits: logits.softmax(-1)),
-        ("multi_label_classification", "multi_label_classification", lambda logits: logits.sigmoid()),
-    ):
-        checkpoint = tuned("bert", problem_type=problem)
-        artifact = read(checkpoint.files, bert)
-        assert artifact.manifest.task == task
-        adapter = build(artifact, bert)
-        outputs = torch.stack([run(bert, [(text, adapter)])[0].logits for text in TEXTS])
-        for prediction, logits in zip(adapter.task.decode(outputs, LABELS[:3]), checkpoint.logits, strict=True):
-            expected = dict(zip(LABELS, scores(logits).tolist(), strict=False))
-            assert {one.label: one.score for one in prediction} == pytest.approx(expected, abs=1e-5)
-    message = refused(tuned("bert", problem_type="regression").files, bert, "problem_type", "unsupported_option")
-    assert "multi_label_classification" in message
+@pytest.mark.parametrize(("problem", "labels", "task"), PROBLEMS)
+def test_the_problem_type_chooses_the_task(
+    problem: str | None, labels: int, task: str, bert: Backbone, tmp_path: Path
+) -> None:
+    """Scores are those of transformers' pipeline."""
+    checkpoint = tuned("bert", labels=labels, problem_type=problem)
+    for name, data in checkpoint.files.items():
+        (tmp_path / name).write_bytes(data)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    theirs = pipeline("text-classification", model=model, tokenizer=_Ids(), device="cpu", top_k=None)
+    artifact = read(checkpoint.files, bert, None)
+    assert artifact.manifest.task == task
+    adapter = build(artifact, bert)
+    outputs = torch.stack([run(bert, [(text, adapter)])[0].logits for text in TEXTS])
+    check(list(outputs), checkpoint.logits)
+    for text, prediction in zip(TEXTS, adapter.decode(outputs, ClassifyOptions()), strict=True):
+        (scores,) = theirs(json.dumps(text.ids))
+        expected = {one["label"]: one["score"] for one in scores}
+        assert len(expected) == labels
+        assert {one.label: one.score for one in prediction} == pytest.approx(expected, abs=1e-5)
+        assert isinstance(prediction[0], LabelDecision) == (task == "multi_label_classification")
 
 
-@pytest.mark.parametrize("family", ["bert", "distilbert", "gpt2"])
-def test_models_that_do_something_else_are_refused(family: str, backbone_of: BackboneOf) -> None:
-    model = classifier(family, 3, AutoModelForTokenClassification)
-    message = refused(saved(model), backbone_of(family), "architectures", "unsupported_option")
-    assert "ForTokenClassification" in message
-    assert "ForSequenceClassification" in message
+def test_a_single_label_is_no_choice(bert: Backbone) -> None:
+    files = with_config(tuned("bert", labels=1).files, problem_type="single_label_classification")
+    assert "at least 2" in refused(files, bert, "labels", "invalid_labels", labels=LABELS[:1])
+
+
+@pytest.mark.parametrize("problem", ["ranking", 3, ["regression"]])
+def test_an_unknown_problem_type_is_refused(problem: Any, bert: Backbone) -> None:
+    files = with_config(tuned("bert").files, problem_type=problem)
+    message = refused(files, bert, "problem_type", "unsupported_option")
+    assert "multi_label_classification, regression" in message
+
+
+# ------------------------------------------------------------------------------------------------------ heads of tokens
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("family", "kind", "tuning"), TOKEN_CASES)
+def test_each_token_of_a_text_alone(family: str, kind: HeadKind, tuning: str, backbone_of: BackboneOf) -> None:
+    checkpoint, backbone = tuned(family, tuning, kind=kind), backbone_of(family)
+    artifact = read(checkpoint.files, backbone, LABELS[:3] if kind is HeadKind.TOKENS else None)
+    assert methods(artifact) == TUNINGS[tuning][2]
+    if kind is HeadKind.TOKENS:
+        assert (artifact.manifest.task, artifact.manifest.labels) == ("tagging", LABELS[:3])
+    else:
+        assert (artifact.manifest.task, artifact.manifest.labels) == ("question_answering", ())
+    adapter = build(artifact, backbone)
+    assert all(
+        logits.shape == (len(text), 3 - (kind is HeadKind.QUESTION))
+        for text, logits in zip(TEXTS, checkpoint.logits, strict=True)
+    )
+    check([run(backbone, [(text, adapter)])[0].logits for text in TEXTS], checkpoint.logits)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_heads_of_every_kind_in_one_batch(family: str, backbone_of: BackboneOf) -> None:
+    backbone = backbone_of(family)
+    rows: list[tuple[Encoding, Any]] = []
+    expected: list[Tensor] = []
+    for index, kind in enumerate(HeadKind):
+        checkpoint = tuned(family, "norms" if index % 2 else "head", kind=kind)
+        adapter = build(read(checkpoint.files, backbone, None), backbone)
+        rows += [(text, adapter) for text in TEXTS]
+        expected += checkpoint.logits
+    order = sorted(range(len(rows)), key=lambda index: (index % len(TEXTS), index))
+    found = run(backbone, [rows[index] for index in order])
+    check([answer.logits for answer in found], [expected[index] for index in order])
+
+
+@pytest.mark.parametrize("kind", OF_TOKENS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_tensor_of_a_head_of_tokens_is_needed(family: str, kind: HeadKind, backbone_of: BackboneOf) -> None:
+    checkpoint, backbone = tuned(family, kind=kind), backbone_of(family)
+    names = safetensors.torch.load(checkpoint.files[TENSORS])
+    prefix = classifier(family, 2, AUTO[kind]).base_model_prefix
+    head = [name for name in names if not name.startswith(f"{prefix}.")]
+    assert len(head) >= 2
+    for name in head:
+        missing = with_tensors(checkpoint.files, lambda all, name=name: {n: t for n, t in all.items() if n != name})
+        with pytest.raises(InvalidAdapter, match=re.escape(name)) as caught:
+            read(missing, backbone, None)
+        assert caught.value.error_code in ("missing_tensor", "missing_head")
+        longer = with_tensors(checkpoint.files, lambda all, name=name: all | {name: all[name].repeat_interleave(2, -1)})
+        refused(longer, backbone, name, "wrong_shape", labels=None)
+
+
+@pytest.mark.parametrize("kind", OF_TOKENS)
+def test_a_pooler_that_heads_of_tokens_do_not_read_changes_nothing(kind: HeadKind, bert: Backbone) -> None:
+    """Older versions of transformers stored one."""
+    files = tuned("bert", kind=kind).files
+    pooler = {"bert.pooler.dense.weight": torch.ones(32, 32), "bert.pooler.dense.bias": torch.ones(32)}
+    with_pooler = with_tensors(files, lambda all: all | pooler)
+    assert read(with_pooler, bert, None).version == read(files, bert, None).version
+
+
+def test_labels_of_an_answerer_are_refused(bert: Backbone) -> None:
+    message = refused(tuned("bert", kind=HeadKind.QUESTION).files, bert, "labels", "invalid_labels", labels=["a", "b"])
+    assert "question answering" in message
+
+
+def test_an_answerer_has_two_outputs(bert: Backbone) -> None:
+    files = with_tensors(
+        tuned("bert", kind=HeadKind.QUESTION).files,
+        lambda all: all | {"qa_outputs.weight": torch.zeros(3, 32), "qa_outputs.bias": torch.zeros(3)},
+    )
+    assert "[3" in refused(files, bert, "qa_outputs.bias", "wrong_shape", labels=None)
+
+
+def test_labels_of_a_token_classifier(bert: Backbone) -> None:
+    names = {0: "O", 1: "B-PER", 2: "I-PER"}
+    files = tuned("bert", kind=HeadKind.TOKENS, id2label=names).files
+    assert read(files, bert, None).manifest.labels == ("O", "B-PER", "I-PER")
+    refused(files, bert, "labels", "invalid_labels", labels=["a", "b"])
+
+
+def test_models_that_do_something_else_are_refused(bert: Backbone) -> None:
+    message = refused(saved(classifier("bert", 3, AutoModelForMaskedLM)), bert, "architectures", "unsupported_option")
+    assert "ForMaskedLM" in message
+    assert all(f"...For{kind}" in message for kind in HeadKind)
 
 
 def test_a_bare_body_is_refused(bert: Backbone) -> None:

@@ -19,12 +19,14 @@ import torch
 from helpers import (
     LABELS,
     VARIANTS,
+    build,
     make_artifact,
     make_blueprint,
     peft_config,
     peft_files,
     peft_tensors,
     random_tensors,
+    run,
 )
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -589,7 +591,7 @@ def read_hub(files: Files, labels: list[str] | None = None) -> Artifact:
         ("mam", "config", "configs", None, "list"),
         ("mam", "config", "configs", ["lora"], "list"),
         ("seq_bn", "top", "config", "pfeiffer", "whole"),
-        ("seq_bn", "head", "head_type", "question_answering", "tagging"),
+        ("seq_bn", "head", "head_type", "dependency_parsing", "question_answering"),
         ("seq_bn", "head", "head_type", ["classification"], "tagging"),
         ("seq_bn", "head", "an_option_of_tomorrow", True, None),
         ("seq_bn", "head", "layers", 0, "1 to 16"),
@@ -651,6 +653,50 @@ def test_one_tensor_in_both_files_of_an_adapterhub_folder() -> None:
 @pytest.mark.parametrize("label2id", [{"a": 1, "b": 2, "c": 3}, {"a": 0, "b": 0, "c": 1}, {"a": 0, "b": "x", "c": []}])
 def test_labels_of_an_adapterhub_head_that_are_not_numbered(label2id: dict) -> None:
     refused(lambda: read_hub(edited("seq_bn", "head", label2id=label2id)), "label2id")
+
+
+@torch.inference_mode()
+def test_an_adapterhub_head_of_one_output_measures() -> None:
+    checkpoint = checkpoints("bert")["head_l1"]
+    artifact = read_hub(checkpoint.files, checkpoint.labels)
+    assert (artifact.manifest.task, len(artifact.manifest.labels)) == ("regression", 1)
+
+
+@torch.inference_mode()
+def test_an_adapterhub_head_for_answers_reads_tokens() -> None:
+    """The library builds it as it builds one for tags, with two outputs."""
+    checkpoint = checkpoints("bert")["head_tagging2"]
+    head = safetensors.torch.load(checkpoint.files[HUB_HEAD])
+    last = max(head, key=lambda name: (int(name.split(".")[2]), name)).rpartition(".")[0]
+    head |= {name: tensor[:2] for name, tensor in head.items() if name.startswith(f"{last}.")}
+    changes = {"head_type": "question_answering", "num_labels": 2}
+    files = edited("head_tagging2", "head", **changes) | {HUB_HEAD: safetensors.torch.save(head)}
+    refused(lambda: read_hub(files, ["start", "end"]), "labels", "invalid_labels")
+    artifact = read_hub(files)
+    assert (artifact.manifest.task, artifact.manifest.labels) == ("question_answering", ())
+    backbone = hub_backbone("bert")
+    adapter = build(artifact, backbone)
+    for text, logits in zip(checkpoint.answers.texts, checkpoint.answers.logits, strict=True):
+        found = run(backbone, [(text, adapter)])[0].logits
+        torch.testing.assert_close(found, logits[:, :2], rtol=0, atol=2e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("case", ["seq_bn", "lora", "prefix_tuning", "ia3", "mam"])
+def test_an_adapterhub_folder_without_a_head_gives_vectors(case: str) -> None:
+    files = checkpoints("bert")[case].files
+    bare = {name: data for name, data in files.items() if name not in (HUB_HEAD, HUB_HEAD_CONFIG)}
+    message = refused(lambda: read_hub(bare, NAMES), HUB_HEAD_CONFIG, "missing_file")
+    assert "with_head=True" in message
+    artifact = read_hub(bare)
+    manifest = artifact.manifest
+    assert (manifest.task, manifest.head, manifest.labels) == ("embedding", {"pooling": "mean", "normalize": True}, ())
+    backbone = hub_backbone("bert")
+    with_head, without = build(read_hub(files), backbone), build(artifact, backbone)
+    for text in checkpoints("bert")[case].answers.texts:
+        one, other = run(backbone, [(text, with_head), (text, without)])
+        torch.testing.assert_close(one.states, other.states, rtol=0, atol=1e-6)
+        torch.testing.assert_close(other.logits, other.states.mean(0), rtol=0, atol=1e-6)
 
 
 def test_labels_of_an_adapterhub_head_may_come_from_elsewhere() -> None:
@@ -735,7 +781,6 @@ def test_labels_beside_a_manifest_are_refused(native: Artifact, bert: Backbone) 
         ({"method": ...}, "method"),
         ({"method": 3}, "method"),
         ({"labels": ...}, "labels"),
-        ({"labels": []}, "labels"),
         ({"labels": ["a", "a"]}, "labels"),
         ({"labels": ["a", ""]}, "labels.1"),
         ({"labels": "ab"}, "labels"),

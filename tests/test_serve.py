@@ -130,7 +130,7 @@ def test_evaluate_measures_a_served_adapter(server: Served, tmp_path: Path) -> N
     done = adapterd("evaluate", "--url", server.url, "--adapter", "sentiment", "--data", str(data), "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["accuracy"] >= 5 / 6
+    assert report["metrics"]["accuracy"] >= 5 / 6
     assert report["rows"] == 6
     missing = adapterd("evaluate", "--url", server.url, "--adapter", "sentimnt", "--data", str(data))
     assert missing.returncode == 1

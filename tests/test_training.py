@@ -8,23 +8,29 @@ import httpx
 import pytest
 import torch
 from helpers import Sync, build
+from pydantic import TypeAdapter
+from starlette.testclient import TestClient
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModel, BertConfig, MistralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner, Result
 
 from server.adapters import METHODS
+from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
 from server.cli import app
 from server.errors import AdapterdError, InvalidAdapter, InvalidRequest
+from server.settings import Settings
 from server.store.artifact import Artifact
 from server.store.releases import Plan
 from server.store.store import AdapterStore
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint
+from server.tasks.base import AnyTask
 from server.tasks.dataset import Dataset, read_dataset
-from server.tasks.metrics import report
+from server.tasks.examples import LabelledText
+from server.tasks.metrics import Report, single_label
 from server.training import trainer
-from server.training.evaluate import CHUNK, RETRIES, evaluate
+from server.training.evaluate import CHUNK, RETRIES, evaluate, served_task
 from server.training.options import TrainOptions
 from server.training.trainer import TrainResult, fit, outputs, train
 
@@ -131,7 +137,7 @@ class TestTrain:
         assert len(result.losses) == SLOWER.get(method, options).get("epochs", options["epochs"])
         assert result.losses[-1] < 0.5 * result.losses[0]
         assert result.report is not None
-        assert result.report.accuracy == 1.0
+        assert result.report.metrics["accuracy"] == 1.0
         assert_golden_reproduces(result, options["backbone"])
 
     def test_the_seed_decides_the_version(self, options: dict[str, Any]) -> None:
@@ -146,13 +152,13 @@ class TestTrain:
 
     def test_the_backbone_stays_as_it_is(self, options: dict[str, Any]) -> None:
         backbone = Backbone.load(options["backbone"], device="cpu", dtype="float32")
-        data = read_dataset(options["data"])
+        data = read_dataset(options["data"], LabelledText)
         blueprint = Blueprint.check(
             method="bottleneck",
             config={"mh_adapter": True},
             task="classification",
             head={},
-            labels=data.label_names,
+            labels=("negative", "positive"),
             spec=backbone.spec,
         )
         tensors, _ = fit(backbone, blueprint, data, TrainOptions(**options))
@@ -161,7 +167,7 @@ class TestTrain:
         assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
 
     def test_the_manifest_tells_how_and_not_where(self, options: dict[str, Any], tmp_path: Path) -> None:
-        result = train(TrainOptions(**options, config={"r": 2}, pooling="cls"))
+        result = train(TrainOptions(**options, config={"r": 2}, head={"pooling": "cls"}))
         manifest = result.artifact.manifest
         config = METHODS["lora"].Config(r=2, target_modules=["query", "value"])
         assert manifest.config == config.model_dump(mode="json")
@@ -170,7 +176,7 @@ class TestTrain:
         assert manifest.backbone.fingerprint == Backbone.load(options["backbone"], device="cpu").spec.fingerprint
         assert manifest.training is not None
         assert manifest.training.rows == 64
-        assert manifest.training.data_sha256 == read_dataset(options["data"]).sha256
+        assert manifest.training.data_sha256 == read_dataset(options["data"], LabelledText).sha256
         assert manifest.training.hyperparameters["epochs"] == 5
         assert manifest.training.metrics == {"accuracy": 1.0, "macro_f1": 1.0}
         assert str(tmp_path).encode() not in result.artifact.manifest_bytes
@@ -179,7 +185,7 @@ class TestTrain:
     def test_outputs_are_recorded_in_float32_whatever_it_was_trained_in(self, options: dict[str, Any]) -> None:
         result = train(TrainOptions(**options, dtype="bfloat16"))
         assert result.report is not None
-        assert result.report.accuracy == 1.0
+        assert result.report.metrics["accuracy"] == 1.0
         assert_golden_reproduces(result, options["backbone"])
 
     def test_publishing_releases_each_time(self, options: dict[str, Any], tmp_path: Path) -> None:
@@ -232,14 +238,140 @@ class TestTrain:
             train(TrainOptions(**options | wrong))
 
 
+def toy_row(task: str, rng: random.Random) -> dict[str, Any]:
+    """A row of a task that marker words decide."""
+    kind = rng.choice(sorted(MARKERS))
+    markers = rng.choices(MARKERS[kind], k=3)
+    fillers = rng.choices(FILLERS, k=4)
+    text = " ".join([*fillers, *markers])
+    match task:
+        case "classification":
+            return {"text": text, "label": kind}
+        case "multi_label_classification":
+            kinds = [kind for kind in MARKERS if rng.random() < 0.5]
+            return {"text": " ".join(fillers + [rng.choice(MARKERS[kind]) for kind in kinds]), "labels": kinds}
+        case "regression":  # far from 0, and far apart
+            return {"text": text, "label": 1000.0 + (300.0 if kind == "positive" else -300.0)}
+        case "relation_extraction":
+            return {
+                "text": f"{markers[0]} film {text}",
+                "spans": [[0, len(markers[0])], [len(markers[0]) + 1, len(markers[0]) + 5]],
+                "label": kind,
+            }
+        case "tagging":
+            words = [*fillers, *markers[:2], "the"]
+            return {"tokens": words, "tags": ["O"] * 4 + [f"B-{kind}", f"I-{kind}", "O"]}
+        case "question_answering":
+            before = " ".join(fillers)
+            found = {"text": [markers[0]], "answer_start": [len(before) + 1]}
+            return {"question": "was the film", "context": f"{before} {markers[0]} the a", "answers": found}
+        case "embedding":
+            words = rng.sample(WORDS[len(SPECIAL) :], k=4)
+            return {"text": " ".join(words), "text_pair": " ".join(rng.sample(words, k=4))}
+    raise AssertionError(f"no rows for {task}")
+
+
+def write_toy(path: Path, task: str, rows: int, seed: int) -> Path:
+    rng = random.Random(seed)
+    path.write_text("".join(json.dumps(toy_row(task, rng)) + "\n" for _ in range(rows)))
+    return path
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Numbers to 1e-5, everything else exactly."""
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        one, other = list(one.values()), list(other.values())
+    if isinstance(one, list):
+        for a, b in zip(one, other, strict=True):
+            assert_same(a, b)
+    else:
+        assert one == (pytest.approx(other, abs=1e-5, rel=1e-5) if isinstance(one, float) else other)
+
+
+class TestTasks:
+    @pytest.mark.parametrize("name", TASKS)
+    def test_what_is_trained_is_what_is_served(
+        self, options: dict[str, Any], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        task = TASKS[name]
+        test = write_toy(tmp_path / "test.jsonl", name, 40, seed=2)
+        options |= {"data": write_toy(tmp_path / "train.jsonl", name, 96, seed=1), "eval": test, "task": name}
+        options |= {"name": "toy", "store": str(tmp_path / "store")}
+        seen: list[Any] = []
+        measure = type(task).measure
+
+        def spy(self: AnyTask, examples: Any, predictions: Any) -> Report:
+            seen.append(TypeAdapter(list[task.prediction]).dump_python(list(predictions), mode="json"))
+            return measure(self, examples, predictions)
+
+        monkeypatch.setattr(type(task), "measure", spy)
+        result = train(TrainOptions(**options))
+        assert result.losses[-1] < 0.7 * result.losses[0]
+        manifest = result.artifact.manifest
+        assert (manifest.task, manifest.training.rows) == (name, 96)
+        assert set(task.decisive) <= set(manifest.training.metrics)
+
+        backbone = Backbone.load(options["backbone"], device="cpu", dtype="float32")
+        with TestClient(create_app(Settings(), backbone=backbone, store=AdapterStore.open(options["store"]))) as http:
+            assert served_task(http, "toy") is task
+            served = evaluate(http, "toy", task, read_dataset(test, task.example))
+            files = {
+                "manifest.json": result.artifact.manifest_bytes,
+                "adapter.safetensors": result.artifact.tensor_bytes,
+            }
+            upload = http.put("/admin/adapters/again", files=[("files", file) for file in files.items()]).json()
+        assert served.version == result.artifact.version
+        assert_same(*seen)
+        assert upload["report"]["golden"]["difference"] < 1e-5
+        assert served.report.metrics == pytest.approx(result.report.metrics, abs=1e-5)
+
+    def test_numbers_of_any_size_are_learnt_alike(self, options: dict[str, Any], tmp_path: Path) -> None:
+        path = write_toy(tmp_path / "rows.jsonl", "regression", 64, seed=3)
+        shifted = tmp_path / "shifted.jsonl"
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        shifted.write_text("".join(json.dumps(row | {"label": row["label"] / 1000 - 7}) + "\n" for row in rows))
+        reports = []
+        for data in (path, shifted):
+            result = train(TrainOptions(**options | {"task": "regression", "data": data, "eval": data}))
+            reports.append(result.report.metrics)
+            assert result.report.metrics["pearson"] > 0.95
+        assert reports[0]["rmse"] == pytest.approx(1000 * reports[1]["rmse"], rel=1e-3)
+
+    @pytest.mark.parametrize("head", [{"bias": False}, {"hidden_layers": 1}], ids=str)
+    def test_heads_take_the_unit_back(self, options: dict[str, Any], tmp_path: Path, head: dict[str, Any]) -> None:
+        data = write_toy(tmp_path / "rows.jsonl", "regression", 64, seed=3)
+        result = train(TrainOptions(**options | {"task": "regression", "data": data, "eval": data, "head": head}))
+        assert result.report.metrics["rmse"] < 100
+
+    def test_an_unknown_task_is_named(self, options: dict[str, Any]) -> None:
+        with pytest.raises(InvalidAdapter, match="task 'taging' is not supported; supported: classification"):
+            train(TrainOptions(**options, task="taging"))
+
+    def test_what_is_cut_off_is_named(self, options: dict[str, Any], tmp_path: Path) -> None:
+        data = tmp_path / "rows.jsonl"
+        data.write_text(json.dumps({"text": "the " * 40 + "film", "spans": [[0, 3], [160, 164]], "label": "a"}) + "\n")
+        data.write_text(data.read_text() + data.read_text().replace('"a"', '"b"'))
+        with pytest.raises(
+            InvalidRequest, match=r"rows\.jsonl: inputs\.0\.spans\.1: characters 160 to 164 hold no token"
+        ):
+            train(TrainOptions(**options | {"task": "relation_extraction", "data": data, "eval": None}))
+
+    @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
+    def test_virtual_tokens_leave_texts_less_room(self, options: dict[str, Any], tmp_path: Path, method: str) -> None:
+        data = write_rows(tmp_path / "long.jsonl", 16, seed=3, marker_last=True)
+        data.write_text(data.read_text().replace('"text": "', '"text": "' + "the " * 40))
+        assert train(TrainOptions(**options | {"data": data, "eval": data, "epochs": 1, "method": method})).report
+
+
 class TestData:
     def test_reads_rows(self, tmp_path: Path) -> None:
         path = tmp_path / "toy.jsonl"
         path.write_text('{"text": "zwei\u2028Zeilen", "label": "b"}\n\n{"text": "x", "label": "a", "id": 1}\n')
-        data = read_dataset(path)
-        assert data.texts == ("zwei\u2028Zeilen", "x")
-        assert data.labels == ("b", "a")
-        assert data.label_names == ("a", "b")
+        data = read_dataset(path, LabelledText)
+        assert data.texts == ["zwei\u2028Zeilen", "x"]
+        assert [row.label for row in data.examples] == ["b", "a"]
+        assert TASKS["classification"].labels(data.examples) == ("a", "b")
         assert len(data.sha256) == 64
 
     @pytest.mark.parametrize(
@@ -259,40 +391,41 @@ class TestData:
         path = tmp_path / "toy.jsonl"
         path.write_bytes(content)
         with pytest.raises(InvalidRequest) as caught:
-            read_dataset(path, known=("x", "y"))
+            read_dataset(path, LabelledText, known=("x", "y"))
         assert caught.value.message.startswith(f"{tmp_path}/{message}")
 
     def test_a_missing_file_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidRequest, match=r"none\.jsonl: No such file or directory"):
-            read_dataset(tmp_path / "none.jsonl")
+            read_dataset(tmp_path / "none.jsonl", LabelledText)
 
 
 class TestReport:
     def test_by_hand(self) -> None:
-        measured = report(["a", "a", "a", "b", "b", "c"], ["a", "a", "b", "b", "a", "d"])
-        assert (measured.rows, measured.accuracy) == (6, 0.5)
+        measured = single_label(["a", "a", "a", "b", "b", "c"], ["a", "a", "b", "b", "a", "d"])
         # a: 2 hits of 3 expected and 3 predicted; b: 1 of 2 and 2; c and d: none
         assert measured.f1 == {"a": pytest.approx(2 / 3), "b": 0.5, "c": 0.0, "d": 0.0}
-        assert measured.macro_f1 == pytest.approx((2 / 3 + 0.5) / 4)
+        assert measured.rows == 6
+        assert measured.metrics == {"accuracy": 0.5, "macro_f1": pytest.approx((2 / 3 + 0.5) / 4)}
+        assert str(measured) == "accuracy 0.5000, macro_f1 0.2917"
 
     def test_perfect(self) -> None:
-        measured = report(["a", "b"], ["a", "b"])
-        assert (measured.accuracy, measured.macro_f1) == (1.0, 1.0)
+        assert single_label(["a", "b"], ["a", "b"]).metrics == {"accuracy": 1.0, "macro_f1": 1.0}
 
     def test_nothing_or_uneven(self) -> None:
-        with pytest.raises(ValueError, match="no labels"):
-            report([], [])
+        with pytest.raises(ValueError, match="nothing to compare"):
+            single_label([], [])
         with pytest.raises(ValueError, match="zip"):
-            report(["a"], [])
+            single_label(["a"], [])
 
 
 VERSION = "ab" * 32
+CLASSIFICATION = TASKS["classification"]
 
 
 def answer(request: httpx.Request, version: str = VERSION) -> httpx.Response:
     """A server whose adapter knows texts that name their label."""
     inputs = json.loads(request.content)["inputs"]
-    predictions = [[{"label": text.split()[0], "score": 0.9}, {"label": "none", "score": 0.1}] for text in inputs]
+    predictions = [[{"label": text.split()[0], "score": 0.9}] for text in inputs]
     return httpx.Response(200, json={"adapter": "toy", "version": version, "predictions": predictions})
 
 
@@ -300,8 +433,14 @@ def client(handler: Callable[[httpx.Request], httpx.Response]) -> httpx.Client:
     return httpx.Client(transport=httpx.MockTransport(handler), base_url="http://server/prefix")
 
 
+def labelled(labels: str) -> Dataset[LabelledText]:
+    """Texts that name a, b, a, b ..., with these labels."""
+    rows = [LabelledText(text=f"{'ab'[i % 2]} text {i}", label=label) for i, label in enumerate(labels)]
+    return Dataset(tuple(rows), "0" * 64)
+
+
 class TestEvaluate:
-    data = Dataset(tuple(f"{'ab'[i % 2]} text {i}" for i in range(70)), ("a", "b") * 35, "0" * 64)
+    data = labelled("ab" * 35)
 
     def test_chunks_and_report(self) -> None:
         seen: list[int] = []
@@ -309,17 +448,59 @@ class TestEvaluate:
         def handler(request: httpx.Request) -> httpx.Response:
             body = json.loads(request.content)
             assert (request.method, request.url.path, body["adapter"]) == ("POST", "/prefix/classify", "toy")
+            assert body["top_k"] == 1
             seen.append(len(body["inputs"]))
             return answer(request)
 
-        wrong = Dataset(self.data.texts, ("b", *self.data.labels[1:]), self.data.sha256)
         with client(handler) as http:
-            result = evaluate(http, "toy", wrong)
+            result = evaluate(http, "toy", CLASSIFICATION, labelled("bb" + "ab" * 34))
         assert seen == [CHUNK, CHUNK, 70 - 2 * CHUNK]
-        assert result.version == VERSION
+        assert (result.version, result.task) == (VERSION, "classification")
         assert result.report.rows == 70
-        assert result.report.accuracy == pytest.approx(69 / 70)
+        assert result.report.metrics["accuracy"] == pytest.approx(69 / 70)
         assert sorted(result.report.f1) == ["a", "b"]
+
+    @pytest.mark.parametrize(
+        ("task", "row", "item"),
+        [
+            ("classification", {"text": "a", "label": "x"}, "a"),
+            ("classification", {"text": "a", "text_pair": "b", "label": "x"}, {"text": "a", "text_pair": "b"}),
+            (
+                "relation_extraction",
+                {"text": "a b", "spans": [[0, 1], [2, 3]], "label": "x"},
+                {"text": "a b", "spans": [[0, 1], [2, 3]]},
+            ),
+            ("question_answering", {"question": "a", "context": "b", "answers": {}}, {"question": "a", "context": "b"}),
+            ("tagging", {"tokens": ["a", "b"], "tags": ["O", "O"]}, "a b"),
+        ],
+    )
+    def test_inputs_are_what_the_route_takes(self, task: str, row: dict[str, Any], item: object) -> None:
+        bodies: list[dict[str, Any]] = []
+
+        def handler(request: httpx.Request) -> httpx.Response:
+            assert request.url.path == f"/prefix{TASKS[task].route.path}"
+            bodies.append(json.loads(request.content))
+            return httpx.Response(404)
+
+        with client(handler) as http, pytest.raises(AdapterdError, match="404"):
+            evaluate(http, "toy", TASKS[task], Dataset((TASKS[task].example.model_validate(row),), "0" * 64))
+        assert bodies[0]["inputs"] == [item]
+
+    def test_the_server_says_what_the_adapter_is_for(self) -> None:
+        def handler(request: httpx.Request) -> httpx.Response:
+            assert (request.method, request.url.raw_path) == ("GET", b"/prefix/admin/adapters/a%2Fb")
+            return httpx.Response(200, json={"name": "a/b", "task": "tagging"})
+
+        with client(handler) as http:
+            assert served_task(http, "a/b") is TASKS["tagging"]
+
+    @pytest.mark.parametrize(
+        ("detail", "message"),
+        [({"task": "juggling"}, "task 'juggling' is not supported"), ({}, "does not answer as adapterd does")],
+    )
+    def test_what_is_served_has_to_be_a_known_task(self, detail: dict[str, Any], message: str) -> None:
+        with client(lambda _: httpx.Response(200, json=detail)) as http, pytest.raises(AdapterdError, match=message):
+            served_task(http, "toy")
 
     def test_busy_servers_are_asked_again(self) -> None:
         refusals = iter([429, 503])
@@ -329,7 +510,7 @@ class TestEvaluate:
             return httpx.Response(status, headers={"Retry-After": "0"}) if status else answer(request)
 
         with client(handler) as http:
-            assert evaluate(http, "toy", self.data).report.accuracy == 1.0
+            assert evaluate(http, "toy", CLASSIFICATION, self.data).report.metrics["accuracy"] == 1.0
 
     def test_but_not_for_ever(self) -> None:
         asked = 0
@@ -340,7 +521,7 @@ class TestEvaluate:
             return httpx.Response(429, headers={"Retry-After": "0"}, json={"error": {"message": "the queue is full"}})
 
         with client(handler) as http, pytest.raises(AdapterdError, match="answered 429: the queue is full"):
-            evaluate(http, "toy", self.data)
+            evaluate(http, "toy", CLASSIFICATION, self.data)
         assert asked == RETRIES + 1
 
     @pytest.mark.parametrize(
@@ -353,7 +534,7 @@ class TestEvaluate:
     )
     def test_the_servers_words_are_reported(self, response: httpx.Response, message: str) -> None:
         with client(lambda _: response) as http, pytest.raises(AdapterdError, match=message):
-            evaluate(http, "toy", self.data)
+            evaluate(http, "toy", CLASSIFICATION, self.data)
 
     def test_one_version_is_measured(self) -> None:
         versions: Iterator[str] = iter([VERSION, VERSION, "cd" * 32])
@@ -361,7 +542,7 @@ class TestEvaluate:
             client(lambda request: answer(request, next(versions))) as http,
             pytest.raises(AdapterdError, match="another version of adapter 'toy' was released"),
         ):
-            evaluate(http, "toy", self.data)
+            evaluate(http, "toy", CLASSIFICATION, self.data)
 
 
 class TestCommands:
@@ -376,7 +557,7 @@ class TestCommands:
         result = self.run(*arguments, "--json")
         assert result.exit_code == 0, result.stderr
         summary = json.loads(result.stdout)
-        assert summary["eval"]["accuracy"] == 1.0
+        assert summary["eval"]["metrics"]["accuracy"] == 1.0
         assert summary["published"] == {"store": str(tmp_path / "store"), "name": "toy", "release": 1}
         store = Sync(AdapterStore.open(str(tmp_path / "store")))
         config = store.get_version("toy", summary["version"]).manifest.config

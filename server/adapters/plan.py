@@ -1,8 +1,9 @@
 """AdapterPlan: who owns which rows of one batch, and what happens to them at each site."""
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,42 @@ class Segment:
     """First text of the run."""
     end: int
     """One past its last text."""
+
+
+class Slice(NamedTuple):
+    """Where the texts of a segment lie."""
+
+    first: int  # text, as the rows count them
+    end: int  # one past the last
+    row: int  # the first
+    texts: Texts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Placement:
+    """Where the texts of a batch lie in the rows, all of them or some."""
+
+    offsets: Sequence[int]
+    """The first row of each text that is there, and the number of rows."""
+    lengths: Sequence[int]
+    """Rows that each of them fills, padding the rest."""
+    index: Mapping[int, int]
+    """Text of the batch -> its place among those that are there, which are in the batch's order."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], texts: Sequence[int] | None = None, each: int | None = None) -> "Placement":
+        """Texts one after the other: the batch's first ones, or `texts`; `each` takes so many rows if given."""
+        offsets = list(accumulate(lengths if each is None else [each] * len(lengths), initial=0))
+        names = range(len(lengths)) if texts is None else texts
+        return cls(offsets, lengths, {text: place for place, text in enumerate(names)})
+
+    def cut(self, segment: Segment) -> Slice:
+        """The slice of a segment whose texts are all there."""
+        first = self.index[segment.start]
+        end = first + segment.end - segment.start
+        start = self.offsets[first]
+        starts = [offset - start for offset in self.offsets[first:end]]
+        return Slice(first, end, start, Texts(starts, self.lengths[first:end], self.offsets[end] - start))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,27 +137,37 @@ class AdapterPlan:
             framings[segment.start : segment.end] = [segment.adapter.framing] * (segment.end - segment.start)
         return framings
 
-    def place(self, offsets: Sequence[int], lengths: Sequence[int], per_text: Container[Site] = ()) -> None:
-        """Lays the segments on the rows; `offsets[i]` is the first row of text i, the last is their sum.
+    def adapters(self, texts: int) -> list[AdapterWeights | None]:
+        """That of each of so many texts."""
+        adapters: list[AdapterWeights | None] = [None] * texts
+        for segment in self._segments:
+            adapters[segment.start : segment.end] = [segment.adapter] * (segment.end - segment.start)
+        return adapters
 
-        Text i fills `lengths[i]` rows, padding the rest. `per_text` are sites that see one row per text instead. The
-        backbone calls this with the layout it chose, packed or padded, before a forward.
+    def place(
+        self, whole: Placement, per_text: Container[Site] = (), at: Callable[[Site], Placement] | None = None
+    ) -> None:
+        """Lays the segments on the rows of all texts, or on those that `at` says a site sees.
+
+        `per_text` are sites that see one row per text instead. The backbone calls this with the layout it chose, packed
+        or padded, before a forward.
         """
         self._passes, self._prefixes, self._opened, self._shared = {}, {}, {}, {}
         for segment in self._segments:
-            start, end = offsets[segment.start], offsets[segment.end]
-            own = range(segment.start, segment.end)
-            tokens = Texts([offsets[i] - start for i in own], [lengths[i] for i in own], end - start)
-            whole = Texts(range(len(own)), [1] * len(own), len(own))
+            slices = {id(whole): whole.cut(segment)}
+            texts = segment.end - segment.start
+            pooled = Texts(range(texts), [1] * texts, texts)
             for index, part in enumerate(segment.adapter.parts):
                 for site, weights in part.sites.items():
+                    placement = whole if at is None else at(site)
+                    own = slices.get(id(placement)) or slices.setdefault(id(placement), placement.cut(segment))
                     if site.kind is SiteKind.KEY_VALUE:
-                        prefix = Prefix(segment.start, segment.end, weights, start, tokens)
+                        prefix = Prefix(own.first, own.end, weights, own.row, own.texts)
                         self._prefixes.setdefault(site, []).append(prefix)
                     elif site in per_text:
-                        self._add(site, index, part.method, weights, segment.start, whole)
+                        self._add(site, index, part.method, weights, segment.start, pooled)
                     else:
-                        self._add(site, index, part.method, weights, start, tokens)
+                        self._add(site, index, part.method, weights, own.row, own.texts)
 
     def _add(self, site: Site, index: int, method: Method, weights: Any, start: int, texts: Texts) -> None:
         """Parts of an adapter that meet at a site act one after the other: the n-th part in the n-th pass."""

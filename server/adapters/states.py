@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from server.core import Pooling, Span
 class TextStates:
     """The last hidden states of a batch of texts, without padding, whatever layout produced them."""
 
-    tokens: Tensor  # [tokens, hidden]
+    tokens: Tensor  # [tokens, hidden], of all texts that have been run, also of those that `select` left out
     lengths: Sequence[int]  # tokens of each text, in order, the virtual ones of its adapter included
     virtual: Sequence[tuple[int, int]]
     """Of each text, the token that virtual tokens come before, and how many they are."""
@@ -21,20 +22,37 @@ class TextStates:
     """The backbone's own pooler, [texts, hidden] -> [texts, hidden], if its checkpoint has one."""
     spans: Sequence[Sequence[Span]] = ()
     """Of each text, the marked pieces, in its own tokens; needed only by heads that read them."""
+    _selected: "tuple[TextStates, Sequence[int]] | None" = None
+    """The states that these are some of, and which."""
     _pooled: dict[Pooling, Tensor] = field(default_factory=dict)
+    _starts: list[int] | None = None
 
     def pooled(self, pooling: Pooling) -> Tensor:
         """One float32 vector per text, [texts, hidden]; computed once for all texts of the batch."""
         if pooling not in self._pooled:
-            self._pooled[pooling] = self._pool(pooling).float()
+            if self._selected is not None:
+                whole, texts = self._selected
+                self._pooled[pooling] = whole.pooled(pooling)[list(texts)]
+            else:
+                self._pooled[pooling] = self._pool(pooling).float()
         return self._pooled[pooling]
 
     def own(self, text: int) -> Tensor:
         """The states of a text's own tokens, without virtual ones, [tokens, hidden]."""
-        start = sum(self.lengths[:text])
-        states = self.tokens[start : start + self.lengths[text]]
+        if self._selected is not None:
+            whole, texts = self._selected
+            return whole.own(texts[text])
+        if self._starts is None:
+            self._starts = list(accumulate(self.lengths, initial=0))
+        states = self.tokens[self._starts[text] : self._starts[text + 1]]
         before, count = self.virtual[text]
         return torch.cat([states[:before], states[before + count :]]) if count else states
+
+    def select(self, texts: Sequence[int]) -> "TextStates":
+        """Some of the texts, in that order. Nothing is copied, and vectors are still pooled once for all texts."""
+        lengths, virtual = [self.lengths[text] for text in texts], [self.virtual[text] for text in texts]
+        spans = [self.spans[text] for text in texts] if self.spans else ()
+        return TextStates(self.tokens, lengths, virtual, self.pooler, spans, (self, texts))
 
     def _pool(self, pooling: Pooling) -> Tensor:
         lengths = torch.tensor(self.lengths).to(self.tokens.device, non_blocking=True)

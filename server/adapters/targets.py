@@ -147,7 +147,7 @@ def matching(field: str, targets: Any, paths: Iterable[str], spec: BackboneSpec)
 
 
 def _whole(path: str, spec: BackboneSpec) -> str:
-    return f"{spec.prefix}.{path}"
+    return f"{spec.prefix}.{path}" if spec.prefix else path
 
 
 def _matcher(field: str, targets: Any, spec: BackboneSpec) -> Callable[[str], bool]:

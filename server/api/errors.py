@@ -1,5 +1,8 @@
-"""Every error as one JSON shape: {"error": {"message", "type", "param", "code", "request_id"}}."""
+"""Every error as one JSON shape: {"error": {"message", "type", "param", "code", "request_id"}}; below the paths that
+speak for another server, in that server's."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from http import HTTPStatus
 from typing import Any
 
@@ -28,15 +31,19 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 """For the OpenAPI document."""
 
 
-def install(app: FastAPI) -> None:
-    """Makes `app` answer every exception in this shape."""
-    app.add_exception_handler(AdapterdError, _handle)
-    app.add_exception_handler(RequestValidationError, _handle)
-    app.add_exception_handler(HTTPException, _handle)
-    app.add_exception_handler(Exception, _handle)
+Shape = Callable[[int, ErrorBody], tuple[int, dict[str, Any]]]
+"""An error with its status as another server would answer it: status and JSON."""
 
 
-async def _handle(_: Request, error: Exception) -> JSONResponse:
+def install(app: FastAPI, shapes: Mapping[str, Shape]) -> None:
+    """Makes `app` answer every exception: below a path of `shapes` in its shape, the longest such path's, else in our
+    own."""
+    handle = partial(_handle, shapes)
+    for kind in (AdapterdError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
         status, body = 422, _validation(error)
@@ -56,7 +63,17 @@ async def _handle(_: Request, error: Exception) -> JSONResponse:
         headers["X-Request-ID"] = body.request_id or ""
     if status >= 500:
         log.error("request failed", status=status, code=body.code, error=str(error))
-    return JSONResponse(ErrorAnswer(error=body).model_dump(), status, headers)
+    status, content = _shape(shapes, request.scope["path"])(status, body)
+    return JSONResponse(content, status, headers)
+
+
+def _shape(shapes: Mapping[str, Shape], path: str) -> Shape:
+    above = [prefix for prefix in shapes if path == prefix or path.startswith(f"{prefix}/")]
+    return shapes[max(above, key=len)] if above else _own
+
+
+def _own(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
+    return status, ErrorAnswer(error=body).model_dump()
 
 
 def _body(message: str, type_: str, code: str, param: str | None = None) -> ErrorBody:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from copy import copy
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +18,14 @@ from transformers import AutoModel, PreTrainedModel
 
 from server.adapters.base import AdapterWeights, Framing
 from server.adapters.joined import compiles, rounded_up
-from server.adapters.plan import NO_ADAPTERS, AdapterPlan, Prefix
+from server.adapters.plan import NO_ADAPTERS, AdapterPlan, Placement, Prefix
 from server.adapters.states import TextStates
 from server.backbone import attention
+from server.backbone.sharing import BEFORE_LAYERS, Share, Sharing, lay_out, shares, watched
 from server.backbone.sites import FAMILIES, Attachment, encoder_output, find_sites, first_position, layer_paths
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import BackboneSpec, ClassifierSpec, Encoding, Pooling, Reach, Site, SiteKind, SiteSpec
+from server.core import BackboneSpec, Encoding, HeadKind, HeadSpec, Pooling, Reach, Site, SiteKind, SiteSpec
 from server.errors import BackboneError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -109,6 +109,7 @@ class Backbone:
         self._streams: dict[Site, Tensor] = {}  # what a residual site waits for, within a layer
         self._outputs: dict[Site, Tensor] = {}
         self._reaches: dict[Site, Reach] = {}
+        self._sharing: Sharing | None = None
         self._bare: dict[Site, nn.Module] = {}
         self._last_readers: set[Site] = set()
         self._attachments = find_sites(model, model.config)
@@ -121,11 +122,14 @@ class Backbone:
         pooler = getattr(model, "pooler", None)
         self._has_pooler = isinstance(pooler, nn.Module)
         self.packed = self._choose_layout()
-        self._reaches = self._find_reaches()
+        layers = [model.get_submodule(path) for path in layer_paths(model, model.config)]
+        recorded = self._record(layers)
+        self._reaches = self._find_reaches(recorded)
         self._per_text = {site for site, reach in self._reaches.items() if reach is Reach.TEXTS}
         self._last_readers = self._find_last_readers()
+        self._share(layers, recorded)
         family = FAMILIES.get(model.config.model_type)
-        classifier = family.classifier(model.config) if family else None
+        heads = family.heads(model.config) if family else {}
         self.spec = BackboneSpec(
             name=name,
             model_type=model.config.model_type,
@@ -135,9 +139,9 @@ class Backbone:
             max_tokens=tokenizer.max_tokens,
             prefix=model.base_model_prefix,
             listed=family is not None,
-            sites=self._site_specs(classifier),
+            sites=self._site_specs(heads),
             poolings=frozenset(Pooling) if self._has_pooler else frozenset(Pooling) - {Pooling.POOLER},
-            classifier=classifier,
+            heads=heads,
             layers=layer_paths(model, model.config),
             word_embeddings=_path(model, model.get_input_embeddings()),
             targets=family.targets if family else {},
@@ -221,12 +225,15 @@ class Backbone:
     def forward(self, texts: Sequence[Encoding], plan: AdapterPlan = NO_ADAPTERS) -> TextStates:
         """Runs texts, sorted as the plan's segments are, and returns their states in the same order.
 
+        What a text that is given several times, as the same object, comes to before any of its adapters acts is
+        computed once.
+
         Raises ValueError where an adapter that needs a forward to itself shares it.
         """
         plan.check(len(texts))
         framings = plan.framings(len(texts))
         rows = [self._row(text, framing) for text, framing in zip(texts, framings, strict=True)]
-        states = self._states(rows, plan)
+        states = self._states(rows, plan, self._shares(texts, plan))
         virtual = [(framing.before, framing.virtual_tokens) for framing in framings]
         pooler = partial(self._pool, plan) if self._has_pooler else None
         spans = [text.spans for text in texts]
@@ -244,9 +251,15 @@ class Backbone:
             positions[before:before] = [self._first_position + i for i in taken]
         return _Row(ids, type_ids, positions)
 
-    def _states(self, rows: Sequence[_Row], plan: AdapterPlan) -> Tensor:
+    def _shares(self, texts: Sequence[Encoding], plan: AdapterPlan) -> list[Share]:
+        """What copies of a text can share."""
+        if self._sharing is None or len({id(text) for text in texts}) == len(texts):
+            return []
+        return shares(texts, [self._sharing.first_layer(adapter) for adapter in plan.adapters(len(texts))])
+
+    def _states(self, rows: Sequence[_Row], plan: AdapterPlan, found: Sequence[Share] = ()) -> Tensor:
         with self._attached(plan):
-            return self._packed(rows) if self.packed else self._padded(rows)
+            return self._packed(rows, found) if self.packed else self._padded(rows)
 
     @contextmanager
     def _attached(self, plan: AdapterPlan, *, pooling: bool = False) -> Iterator[None]:
@@ -259,14 +272,12 @@ class Backbone:
             self._streams.clear()
             self._outputs.clear()
 
-    def _packed(self, rows: Sequence[_Row]) -> Tensor:
+    def _packed(self, rows: Sequence[_Row], found: Sequence[Share] = ()) -> Tensor:
         """All texts in one row [1, tokens]; position ids restart at each."""
-        lengths = [len(row.ids) for row in rows]
-        total = sum(lengths)
-        filler = rounded_up(total, steps=8) - total if self._rounds and not torch.is_grad_enabled() else 0
-        self._place([0, *accumulate(lengths)], lengths)
-        if filler:
-            self._rows += filler
+        whole = Placement.of([len(row.ids) for row in rows])
+        total = whole.offsets[-1]
+        packed = self._pack(whole.lengths)
+        if filler := packed.filler:
             rows = [*rows, _Row([rows[0].ids[0]] * filler, [0] * filler, [self._first_position] * filler)]
         inputs = {
             "input_ids": self._tensor([[i for row in rows for i in row.ids]]),
@@ -276,14 +287,26 @@ class Backbone:
         }
         if self._takes_types:
             inputs["token_type_ids"] = self._tensor([[t for row in rows for t in row.type_ids]])
-        packed = attention.PackedTexts(lengths, self.device, self._prefixes, filler)
-        return self._encoded(self._run(**inputs, packed=packed)[0, :total])
+        if self._sharing is None or not found:
+            self._place(whole, total + filler)
+            return self._encoded(self._run(**inputs, packed=packed)[0, :total])
+        stages = lay_out(found, whole, self._pack, self.device)
+        self._place(whole, total + filler, self._sharing.placed(stages, whole))
+        with self._sharing.running(stages, total + filler):
+            states = self._run(**inputs, packed=packed)
+        return self._encoded(states[0, :total])
+
+    def _pack(self, lengths: Sequence[int]) -> attention.PackedTexts:
+        """What the attention is told of the texts, with as many filler rows as they need behind them."""
+        total = sum(lengths)
+        filler = rounded_up(total, steps=8) - total if self._rounds and not torch.is_grad_enabled() else 0
+        return attention.PackedTexts(lengths, self.device, self._prefixes, filler)
 
     def _padded(self, rows: Sequence[_Row]) -> Tensor:
         """One row per text [texts, longest]; padding is dropped from the states again."""
         lengths = [len(row.ids) for row in rows]
         longest = max(lengths)
-        self._place(range(0, (len(rows) + 1) * longest, longest), lengths)
+        self._place(Placement.of(lengths, each=longest), len(rows) * longest)
 
         def padded(values: Sequence[list[int]], fill: int) -> Tensor:
             return self._tensor([[*own, *[fill] * (longest - len(own))] for own in values])
@@ -299,9 +322,9 @@ class Backbone:
         keep = [row * longest + i for row, length in enumerate(lengths) for i in range(length)]
         return self._encoded(self._run(**inputs).flatten(0, 1))[self._tensor(keep)]
 
-    def _place(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-        self._plan.place(offsets, lengths, self._per_text if self._reaches else ())
-        self._rows = offsets[len(lengths)]
+    def _place(self, whole: Placement, rows: int, at: Callable[[Site], Placement] | None = None) -> None:
+        self._plan.place(whole, self._per_text if self._reaches else (), at)
+        self._rows = rows
 
     def _encoded(self, states: Tensor) -> Tensor:
         """What adapters after the encoder make of its last states, [rows, hidden]."""
@@ -447,11 +470,11 @@ class Backbone:
             )
         return False
 
-    def _reproduces(self, texts: list[Encoding], alone: list[Tensor]) -> bool:
+    def _reproduces(self, texts: list[Encoding], alone: list[Tensor], found: Sequence[Share] = ()) -> bool:
         """Whether the layout gives texts of different lengths together the states that they have alone."""
         try:
-            together = self._states([self._row(text, Framing()) for text in texts], NO_ADAPTERS)
-        except (TypeError, ValueError, RuntimeError, IndexError):
+            together = self._states([self._row(text, Framing()) for text in texts], NO_ADAPTERS, found)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
             return False  # the architecture does not take this layout at all
         if not alone:
             return True
@@ -460,16 +483,22 @@ class Backbone:
         return bool((together.float() - expected).abs().max() <= tolerance * expected.abs().max())
 
     @torch.inference_mode()
-    def _find_reaches(self) -> dict[Site, Reach]:
-        """Which rows the modules at the sites see, by recording a forward and a pooling; one that sees others is none.
+    def _record(self, layers: Sequence[nn.Module]) -> "_Recorder":
+        """What a forward over two texts passes."""
+        texts = [self._probe(min(length, self.tokenizer.max_tokens)) for length in (7, 5)]
+        with watched(layers) as entered:
+            recorder = _Recorder(entered)
+            self._states([self._row(text, Framing()) for text in texts], recorder)
+        return recorder
+
+    @torch.inference_mode()
+    def _find_reaches(self, forward: "_Recorder") -> dict[Site, Reach]:
+        """Which rows the modules at the sites see, by a recorded forward and a pooling; one that sees others is none.
 
         The embedding of positions, seen once for all texts in the padded layout, fits no adapter's slice; nor does an
         expert that sees some of the tokens.
         """
-        texts = [self._probe(min(length, self.tokenizer.max_tokens)) for length in (7, 5)]
-        forward, pooling = _Recorder(), _Recorder()
-        self._states([self._row(text, Framing()) for text in texts], forward)
-        rows = self._rows
+        pooling = _Recorder([BEFORE_LAYERS])
         if self._has_pooler:
             self._pool(pooling, torch.zeros(3, self.model.config.hidden_size, device=self.device, dtype=self.dtype))
         listed = self.model.config.model_type in FAMILIES
@@ -477,11 +506,33 @@ class Backbone:
         for site in self._attachments:
             if site in pooling.rows:
                 reaches[site] = Reach.TEXTS
-            elif forward.rows[site] == {rows} or (site.kind is SiteKind.KEY_VALUE and self.packed):
+            elif forward.rows[site] == {self._rows} or (site.kind is SiteKind.KEY_VALUE and self.packed):
                 reaches[site] = Reach.TOKENS
-            elif listed and rows in forward.rows[site] and site.kind is not SiteKind.EMBEDDING:
+            elif listed and self._rows in forward.rows[site] and site.kind is not SiteKind.EMBEDDING:
                 reaches[site] = Reach.SHARED
         return reaches
+
+    @torch.inference_mode()
+    def _share(self, layers: Sequence[nn.Module], recorded: "_Recorder") -> None:
+        """Lets copies of a text share what they have in common, if the layers do: tried on copies of every kind.
+
+        In the padded layout, and where layers run more than once or have modules in common, each copy is computed for
+        itself.
+        """
+        by_token = [site for site, reach in self._reaches.items() if reach is Reach.TOKENS]
+        in_turn = bool(layers) and recorded.entered == [BEFORE_LAYERS, *range(len(layers) + 1)]
+        in_one = all(len(recorded.layers[site]) == 1 for site in by_token)
+        if not (self.packed and in_turn and in_one) or self.device.type == "meta":
+            return
+        layer_of = {site: min(recorded.layers[site]) for site in by_token}
+        after = {encoder_output(self.model.config)[0], *self._per_text}
+        self._sharing = Sharing(layers, layer_of | dict.fromkeys(after, len(layers)))
+        probes = [self._probe(min(length, self.tokenizer.max_tokens)) for length in (5, 3)]
+        own_from = [*range(len(layers) + 1)] * len(probes)
+        texts = [text for text in probes for _ in range(len(layers) + 1)]
+        alone = {id(text): self._states([self._row(text, Framing())], NO_ADAPTERS) for text in probes}
+        if not self._reproduces(texts, [alone[id(text)] for text in texts], shares(texts, own_from)):
+            self._sharing = None
 
     @torch.inference_mode()
     def _find_last_readers(self) -> set[Site]:
@@ -516,9 +567,9 @@ class Backbone:
         streams = {attachment.stream for attachment in self._attachments.values()}  # our own hooks read those
         return {site for site in last - kept if self._attachments[site].module not in streams}
 
-    def _site_specs(self, classifier: ClassifierSpec | None) -> dict[Site, SiteSpec]:
+    def _site_specs(self, heads: Mapping[HeadKind, HeadSpec]) -> dict[Site, SiteSpec]:
         # A pooler that the family's classifiers do not have is no target of adapters that were trained in one.
-        pools = classifier is None or classifier.pooling is Pooling.POOLER
+        pools = not heads or heads[HeadKind.SEQUENCE].pooling is Pooling.POOLER
         specs = {
             site: replace(attachment.spec, reach=self._reaches[site])
             for site, attachment in self._attachments.items()
@@ -533,18 +584,26 @@ class Backbone:
 
 
 class _Recorder(AdapterPlan):
-    """Notes how many rows each site sees."""
+    """Notes how many rows each site sees, and in which layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, entered: Sequence[int]) -> None:
+        """`entered`: the layers that the forward has entered so far."""
         super().__init__(())
+        self.entered = entered
         self.rows: defaultdict[Site, set[int]] = defaultdict(set)
+        self.layers: defaultdict[Site, set[int]] = defaultdict(set)
 
     def acts_at(self, site: Site) -> bool:
         return True
 
     def apply(self, site: Site, x: Tensor, y: Tensor, h: Tensor | None = None) -> Tensor:
         self.rows[site].add(y.shape[0])
+        self.layers[site].add(self.entered[-1])
         return y
+
+    def prefixes(self, site: Site) -> Sequence[Prefix]:
+        self.layers[site].add(self.entered[-1])
+        return ()
 
 
 def _similar(indices: Iterable[int], lengths: Sequence[int]) -> list[list[int]]:

@@ -9,9 +9,10 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from server.core import ENCODER_INPUT, ENCODER_OUTPUT, ClassifierSpec, Pooling, Site, SiteKind, SiteSpec
+from server.core import ENCODER_INPUT, ENCODER_OUTPUT, HeadKind, HeadSpec, Pooling, Site, SiteKind, SiteSpec
 
 Config = Any  # a PretrainedConfig, whose fields differ by family
+Heads = Callable[[Config], Mapping[HeadKind, HeadSpec]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,22 +45,23 @@ class Family:
     """The module whose output enters the first layer."""
     targets: Mapping[str, tuple[str, ...]]
     """BackboneSpec.targets."""
-    classifier: Callable[[Config], ClassifierSpec]
-    """The head of transformers' `...ForSequenceClassification`."""
+    heads: Heads
+    """BackboneSpec.heads."""
     positions_after_padding: bool = False
     """Position ids start after `pad_token_id` instead of at 0."""
 
 
-def _head(pooling: Pooling, dense: str | None = None, activation: str = "tanh", output: str = "classifier") -> Any:
-    return lambda config: ClassifierSpec(pooling, output, dense, activation=activation)
+def _heads(pooling: Pooling, dense: str | None = None, activation: str = "tanh", output: str = "classifier") -> Heads:
+    """Heads that differ by family for whole texts alone."""
+    return lambda config: {HeadKind.SEQUENCE: HeadSpec(pooling, output, dense, activation=activation)} | _TOKEN_HEADS
 
 
-def _score(config: Config) -> ClassifierSpec:
-    return ClassifierSpec(Pooling.LAST, "score", bias=False)
+def _deberta_heads(config: Config) -> Mapping[HeadKind, HeadSpec]:
+    return _heads(Pooling.CLS, "pooler.dense", config.pooler_hidden_act)(config)
 
 
-def _modernbert_head(config: Config) -> ClassifierSpec:
-    return ClassifierSpec(
+def _modernbert_heads(config: Config) -> Mapping[HeadKind, HeadSpec]:
+    head = HeadSpec(
         Pooling(config.classifier_pooling),
         "classifier",
         "head.dense",
@@ -68,14 +70,25 @@ def _modernbert_head(config: Config) -> ClassifierSpec:
         norm="head.norm",
         norm_eps=config.norm_eps,
     )
+    of_tokens = replace(head, pooling=None)
+    return {HeadKind.SEQUENCE: head, HeadKind.TOKENS: of_tokens, HeadKind.QUESTION: of_tokens}
 
 
-def _deberta_head(config: Config) -> ClassifierSpec:
-    return ClassifierSpec(Pooling.CLS, "classifier", "pooler.dense", activation=config.pooler_hidden_act)
+def _gpt2_heads(config: Config) -> Mapping[HeadKind, HeadSpec]:
+    return {HeadKind.SEQUENCE: HeadSpec(Pooling.LAST, "score", bias=False)} | _TOKEN_HEADS
 
 
-_POOLED = _head(Pooling.POOLER)
-_DENSE_OUT = _head(Pooling.CLS, "classifier.dense", "tanh", "classifier.out_proj")
+def _llama_heads(config: Config) -> Mapping[HeadKind, HeadSpec]:
+    return {
+        HeadKind.SEQUENCE: HeadSpec(Pooling.LAST, "score", bias=False),
+        HeadKind.TOKENS: HeadSpec(None, "score"),
+        HeadKind.QUESTION: HeadSpec(None, "qa_outputs", prefix="transformer"),
+    }
+
+
+_TOKEN_HEADS = {HeadKind.TOKENS: HeadSpec(None, "classifier"), HeadKind.QUESTION: HeadSpec(None, "qa_outputs")}
+_POOLED = _heads(Pooling.POOLER)
+_DENSE_OUT = _heads(Pooling.CLS, "classifier.dense", "tanh", "classifier.out_proj")
 
 BERT = Family(
     layer="encoder.layer.{}",
@@ -91,9 +104,9 @@ BERT = Family(
         "intermediate": ("intermediate.dense",),
         "output": ("output.dense",),
     },
-    classifier=_POOLED,
+    heads=_POOLED,
 )
-ROBERTA = replace(BERT, classifier=_DENSE_OUT, positions_after_padding=True)
+ROBERTA = replace(BERT, heads=_DENSE_OUT, positions_after_padding=True)
 LLAMA = Family(
     layer="layers.{}",
     attention=SubLayer("input_layernorm", "self_attn.o_proj"),
@@ -110,7 +123,7 @@ LLAMA = Family(
         "adapterhub_intermediate": ("down_proj",),  # it has the two swapped
         "adapterhub_output": ("up_proj",),
     },
-    classifier=_score,
+    heads=_llama_heads,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -118,7 +131,7 @@ FAMILIES: dict[str, Family] = {
     "roberta": ROBERTA,
     "xlm-roberta": ROBERTA,
     "camembert": ROBERTA,
-    "electra": replace(BERT, classifier=_head(Pooling.CLS, "classifier.dense", "gelu", "classifier.out_proj")),
+    "electra": replace(BERT, heads=_heads(Pooling.CLS, "classifier.dense", "gelu", "classifier.out_proj")),
     "distilbert": Family(
         layer="transformer.layer.{}",
         attention=SubLayer("attention.v_lin", "attention.out_lin", "sa_layer_norm"),
@@ -133,7 +146,7 @@ FAMILIES: dict[str, Family] = {
             "intermediate": ("lin1",),
             "output": ("lin2",),
         },
-        classifier=_head(Pooling.CLS, "pre_classifier", "relu"),
+        heads=_heads(Pooling.CLS, "pre_classifier", "relu"),
     ),
     "albert": replace(
         BERT,
@@ -174,7 +187,7 @@ FAMILIES: dict[str, Family] = {
             "intermediate": ("intermediate.dense",),
             "output": ("output.dense",),
         },
-        classifier=_deberta_head,
+        heads=_deberta_heads,
     ),
     "modernbert": Family(
         layer="layers.{}",
@@ -184,7 +197,7 @@ FAMILIES: dict[str, Family] = {
         read="attn.Wqkv",
         embeddings="embeddings",
         targets={"query_key_value": ("Wqkv",), "intermediate": ("mlp.Wi",), "output": ("mlp.Wo",)},
-        classifier=_modernbert_head,
+        heads=_modernbert_heads,
     ),
     "gpt2": Family(
         layer="h.{}",
@@ -194,7 +207,7 @@ FAMILIES: dict[str, Family] = {
         read="attn.c_attn",
         embeddings="drop",
         targets={"query_key_value": ("c_attn",), "intermediate": ("mlp.c_fc",), "output": ("mlp.c_proj",)},
-        classifier=_score,
+        heads=_gpt2_heads,
     ),
     "llama": LLAMA,
     "qwen3": LLAMA,

@@ -17,6 +17,12 @@ takes seconds and hundreds of megabytes to tokenize, to keep a few hundred token
 SHORTEST_WINDOW = 8
 """Tokens of a text that a window has room for, at least."""
 
+OVERLAP = 128
+"""Tokens that neighbouring windows of a long text share, as far as they are less than half of it."""
+
+MAX_WINDOWS = 256
+"""Windows of one input."""
+
 TOO_LONG = "text_too_long"
 
 
@@ -76,7 +82,12 @@ class Tokenizer:
         return encodings
 
     def windows(
-        self, texts: Sequence[str | TextInput], *, overlap: int, max_windows: int, reserved: int = 0
+        self,
+        texts: Sequence[str | TextInput],
+        *,
+        overlap: int = OVERLAP,
+        max_windows: int = MAX_WINDOWS,
+        reserved: int = 0,
     ) -> list[list[Encoding]]:
         """Whole inputs, aligned, in as many windows as each takes; neighbours share `overlap` tokens.
 

@@ -46,6 +46,7 @@ from server.errors import (
     Overloaded,
     ShuttingDown,
     StoreUnavailable,
+    UnservableAdapter,
     WrongTask,
 )
 from server.logs import get_logger
@@ -57,7 +58,9 @@ from server.store.names import check_name, check_version
 from server.store.releases import Plan, Release, choose
 from server.store.report import Report
 from server.store.store import AdapterStore, StoredVersion
+from server.tasks import TASKS
 from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.base import AnyTask
 
 log = get_logger("adapterd.engine")
 
@@ -101,6 +104,17 @@ class Page:
     """Names whose last release cannot be read."""
     next: str | None
     """The name after which there are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """What a version of an adapter is for."""
+
+    name: str
+    version: str
+    task: AnyTask
+    labels: tuple[str, ...]
+    """In the order of the head's outputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +399,20 @@ class Engine:
         """An adapter that serves, and the manifest and report of the version with most of its traffic."""
         described = self._describe(name, await self._catalog.serving(name))
         return described, *await self._store.manifest(name, described.version)
+
+    async def profile(self, name: str, version: str | None = None) -> Profile:
+        """What a version, by default the one with most of the traffic, is for. Brings nothing into memory."""
+        if version is None:
+            version = self._describe(name, await self._catalog.serving(name)).version
+        else:
+            await self._catalog.check_version(check_name(name), check_version(version))
+        if version in self._residency:
+            async with self._residency.lease(name, version) as adapter:
+                return Profile(name, version, adapter.task, adapter.labels)
+        manifest, _ = await self._store.manifest(name, version)
+        if manifest.task not in TASKS:
+            raise UnservableAdapter(f"adapter {name!r} does {manifest.task!r}, which this server does not know")
+        return Profile(name, version, TASKS[manifest.task], manifest.labels)
 
     async def collect(self, *, name: str | None, keep: int, min_age: timedelta, dry_run: bool) -> list[Removed]:
         """See gc.collect."""

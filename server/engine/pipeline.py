@@ -24,12 +24,6 @@ MAX_SCORES = 100_000
 """Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
 and a half million took 9 seconds."""
 
-OVERLAP = 128
-"""Tokens that neighbouring windows of a long text share, as far as they are less than half of it."""
-
-MAX_WINDOWS = 256
-"""Windows of one input."""
-
 
 @dataclass(frozen=True, slots=True)
 class Job:
@@ -114,7 +108,7 @@ class Pipeline:
     ) -> list[list[Encoding]]:
         def encode() -> list[list[Encoding]]:
             if windowed:
-                return self._tokenizer.windows(inputs, overlap=OVERLAP, max_windows=MAX_WINDOWS, reserved=reserved)
+                return self._tokenizer.windows(inputs, reserved=reserved)
             encodings = self._tokenizer.encode(inputs, truncate=truncate, reserved=reserved, aligned=aligned)
             return [[encoding] for encoding in encodings]
 

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from server.adapters.base import Framing
 from server.adapters.plan import AdapterPlan, Segment
+from server.adapters.states import TextStates
 from server.backbone.backbone import Backbone
 from server.core import Encoding, Options
 from server.errors import NotFiniteOutput
@@ -64,10 +66,13 @@ class Runner:
             members = list(group)
             runs.append((members[0], start, start + len(members)))
             start += len(members)
-        plan = AdapterPlan(_segments(rows))
-        states = self._backbone.forward([row.text for row in rows], plan)
+        computed, places = _distinct(rows)
+        plan = AdapterPlan(_segments(computed))
+        states = self._backbone.forward([row.text for row in computed], plan)
         # All heads are launched before any output is fetched, since fetching waits for the device.
-        outputs = [row.adapter.task.apply(row.adapter.head, states, first, end) for row, first, end in runs]
+        outputs = [
+            row.adapter.task.apply(row.adapter.head, *_read(states, places[first:end])) for row, first, end in runs
+        ]
         answers: list[Any] = []
         for (row, _, _), output in zip(runs, outputs, strict=True):
             values = _fetched(output)
@@ -75,6 +80,37 @@ class Runner:
                 raise NotFiniteOutput("the adapter's outputs are not finite for this text")
             answers += list(values) if row.options is None else row.adapter.decode(values, row.options)
         return answers
+
+
+def _distinct(rows: Sequence[Row]) -> tuple[list[Row], Sequence[int]]:
+    """Rows that come to different states, and for each of `rows` its place among them.
+
+    Copies of a text, the same object, come to the same ones with the same adapter, and with any that acts nowhere.
+    """
+    if len({id(row.text) for row in rows}) == len(rows):
+        return list(rows), range(len(rows))
+    computed: list[Row] = []
+    places: dict[tuple[int, int], int] = {}
+    found = []
+    for row in rows:
+        key = id(row.text), id(row.adapter) if _acts(row.adapter) else 0
+        if key not in places:
+            places[key] = len(computed)
+            computed.append(row)
+        found.append(places[key])
+    return computed, found
+
+
+def _acts(adapter: TaskAdapter) -> bool:
+    """Whether it is more than a head."""
+    return any(part.sites or part.framing != Framing() for part in adapter.weights.parts)
+
+
+def _read(states: TextStates, places: Sequence[int]) -> tuple[TextStates, int, int]:
+    """States in which a run's texts lie side by side, the first and one past the last."""
+    if list(places) == list(range(places[0], places[0] + len(places))):
+        return states, places[0], places[-1] + 1
+    return states.select(places), 0, len(places)
 
 
 def _segments(rows: Sequence[Row]) -> list[Segment]:

@@ -221,7 +221,7 @@ class Worker:
         groups = _by_adapter(work)
         if len(groups) == 1:
             _fail((queued for queued in work if queued.ticket.strict), _failure(error))
-        # By adapter, so that a bad one fails nobody but its own callers; then halves, so that a bad text fails no other.
+        # By adapter, so that a bad one fails nobody but its own callers; then halves, so that a bad text fails alone.
         parts = groups if len(groups) > 1 and not no_memory else _halves(work)
         for part in parts:
             if wanted := [queued for queued in part if not queued.ticket.ended]:

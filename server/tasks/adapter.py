@@ -93,7 +93,7 @@ class Blueprint:
             Part(known := _known("method", name, METHODS), _parsed(field, known.Config, options))
             for field, name, options in (("config", method, config), *(("also", *more) for more in also))
         ]
-        known_task = _known("task", task, TASKS)
+        known_task = task_named(task)
         blueprint = cls(tuple(parts), known_task, _parsed("head", known_task.Config, head), tuple(labels), spec)
         known_task.check(blueprint.head, blueprint.labels, spec)
         names = [name for part in parts for name in part.shapes(spec)]
@@ -153,6 +153,11 @@ class Blueprint:
         weights = AdapterWeights.of(self.parts, placed, host)
         head = self.task.bind(self.head, placed)
         return TaskAdapter(weights, self.task, self.head, head, self.labels, weights.nbytes + memory(head))
+
+
+def task_named(name: str) -> AnyTask:
+    """The task of that name. Raises InvalidAdapter."""
+    return _known("task", name, TASKS)
 
 
 def _known(field: str, name: str, table: Mapping[str, T]) -> T:

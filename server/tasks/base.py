@@ -1,7 +1,7 @@
 """What a task is: a head on the backbone's states, its loss, how outputs read as answers, and how good they are."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -33,6 +33,10 @@ class Window:
     encoding: Encoding
     output: Tensor
     """The text's entry of `Task.apply`'s outputs, float32 on the CPU."""
+
+
+Restore = Callable[[dict[str, Tensor]], dict[str, Tensor]]
+"""The tensors that were trained on standardized examples -> those for the examples as they are."""
 
 
 class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
@@ -94,7 +98,7 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
 
     def check_options(self, config: ConfigT, options: OptionsT, spec: BackboneSpec) -> None:
         """Raises InvalidRequest, `param` naming the option, for what an adapter cannot give. Here: all is well."""
-        return None
+        return
 
     def sample(self, text: str) -> TextInput:
         """An input that it can answer, made of a text: for smoke tests and golden samples."""
@@ -121,6 +125,10 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
     def labels(self, examples: Sequence[ExampleT]) -> tuple[str, ...]:
         """The labels of an adapter that is trained on these: here, all that occur, sorted."""
         return tuple(sorted({name for example in examples for name in example.names()}))
+
+    def standardized(self, examples: Sequence[ExampleT], config: ConfigT) -> tuple[Sequence[ExampleT], Restore]:
+        """The examples in units that training takes well, and the way back. Here: as they are."""
+        return examples, dict
 
     @abstractmethod
     def targets(self, examples: Sequence[ExampleT], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:

@@ -78,7 +78,7 @@ class _Candidate(NamedTuple):
 
 
 class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedText]):
-    """Two outputs per token: how likely an answer starts, and ends, with it. A backbone has to read pairs for it.
+    """Two outputs per token: how likely an answer starts, and ends, with it.
 
     Training sees what fits the backbone of each context; an answer in what is cut off counts as none.
     """

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
 from server.tasks import metrics
-from server.tasks.base import need_labels
+from server.tasks.base import Restore, need_labels
 from server.tasks.classification import activated
 from server.tasks.examples import TextExample
+from server.tasks.head import BIAS, WEIGHT
 from server.tasks.metrics import Report
 from server.tasks.pooled import PooledConfig, TextTask
 
@@ -64,6 +65,23 @@ class Regression(TextTask[PooledConfig, ClassifyOptions, MeasuredText]):
     def labels(self, examples: Sequence[MeasuredText]) -> tuple[str, ...]:
         """One."""
         return (LABEL,)
+
+    def standardized(
+        self, examples: Sequence[MeasuredText], config: PooledConfig
+    ) -> tuple[Sequence[MeasuredText], Restore]:
+        """Numbers of mean 0 and variance 1, whatever their unit; the last layer, being linear, takes the unit back.
+
+        A head without a bias cannot add a mean, so there the numbers are only scaled, to a mean square of 1.
+        """
+        numbers = torch.tensor([example.label for example in examples], dtype=torch.float64)
+        mean = numbers.mean().item() if config.bias else 0.0
+        scale = (numbers - mean).square().mean().sqrt().item() or 1.0
+
+        def restore(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            restored = tensors | {WEIGHT: tensors[WEIGHT] * scale}
+            return restored | {BIAS: tensors[BIAS] * scale + mean} if config.bias else restored
+
+        return [example.model_copy(update={"label": (example.label - mean) / scale}) for example in examples], restore
 
     def targets(self, examples: Sequence[MeasuredText], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
         """The numbers [texts, 1]."""

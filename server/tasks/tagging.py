@@ -171,8 +171,9 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         return torch.tensor(targets)
 
     def loss(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
-        """Cross entropy over all tokens; `targets` [tokens] are label indices, -100 for tokens that do not count."""
-        return F.cross_entropy(torch.cat(list(outputs)), targets)
+        """Mean cross entropy of the tokens that count, 0 if none does; `targets` [tokens] are label indices or -100."""
+        total = F.cross_entropy(torch.cat(list(outputs)), targets, ignore_index=IGNORED, reduction="sum")
+        return total / (targets != IGNORED).sum().clamp(min=1)
 
     def measure(self, examples: Sequence[TaggedTokens], predictions: Sequence[Sequence[Entity]]) -> Report:
         """`precision`, `recall` and `f1` of entities; a word's tag is that of its first token, `O` if it has none."""

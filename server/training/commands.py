@@ -27,9 +27,11 @@ def _option(field: str, *flags: str, envvar: str | None = None) -> Any:
 def train_command(
     data: Annotated[Path, _option("data")],
     eval_: Annotated[Path | None, _option("eval", "--eval")] = None,
+    task: Annotated[str, _option("task")] = _FIELDS["task"].default,
     method: Annotated[str, _option("method")] = _FIELDS["method"].default,
     set_: Annotated[list[str] | None, _option("config", "--set", "-s")] = None,
-    pooling: Annotated[Pooling, _option("pooling")] = _FIELDS["pooling"].default,
+    head: Annotated[list[str] | None, _option("head", "--head")] = None,
+    pooling: Annotated[Pooling | None, typer.Option(help="How states become one vector: `--head pooling=`.")] = None,
     name: Annotated[str | None, _option("name")] = None,
     store: Annotated[str, _option("store", envvar="ADAPTERD_STORE")] = _FIELDS["store"].default,
     backbone: Annotated[str, _option("backbone", envvar="ADAPTERD_BACKBONE")] = _FIELDS["backbone"].default,
@@ -44,15 +46,16 @@ def train_command(
     seed: Annotated[int, _option("seed")] = _FIELDS["seed"].default,
     as_json: _Json = False,
 ) -> None:
-    """Train an adapter on labelled texts, measure it, and publish it under --name."""
+    """Train an adapter on labelled data, measure it, and publish it under --name."""
     with _reported():
         options = TrainOptions.model_validate(
             {
                 "data": data,
                 "eval": eval_,
+                "task": task,
                 "method": method,
-                "config": _config(set_ or ()),
-                "pooling": pooling,
+                "config": _pairs("--set", set_),
+                "head": _pairs("--head", head) | ({"pooling": pooling.value} if pooling else {}),
                 "name": name,
                 "store": store,
                 "backbone": backbone,
@@ -88,52 +91,52 @@ def train_command(
             published={"store": store, "name": name, "release": release.number} if release else None,
         )
         return
-    print(f"trained    {method} on {data} in {seconds:.0f} s, loss {' '.join(f'{loss:.3f}' for loss in result.losses)}")
+    losses = " ".join(f"{loss:.3f}" for loss in result.losses)
+    print(f"trained    {task}, {method} on {data} in {seconds:.0f} s, loss {losses}")
     if report:
-        print(f"measured   accuracy {report.accuracy:.4f}, macro F1 {report.macro_f1:.4f} on {report.rows} texts")
+        print(f"measured   {report} on {report.rows} rows")
     print(f"version    {artifact.version}, {size / 1024:.0f} KiB")
     print(f"published  {name}, release {release.number}, in {store}" if release else "published  no: give it a --name")
 
 
 def evaluate_command(
     adapter: Annotated[str, typer.Option(help="The adapter's name.")],
-    data: Annotated[Path, typer.Option(help='Labelled texts, JSON Lines: {"text": ..., "label": ...}.')],
+    data: Annotated[Path, typer.Option(help="Rows, JSON Lines, in the form of its task: see docs/tasks.md.")],
     url: Annotated[str, typer.Option(help="Where adapterd serves.")] = "http://127.0.0.1:8000",
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.")] = 60.0,
     as_json: _Json = False,
 ) -> None:
-    """Measure a served adapter on labelled texts, over HTTP."""
+    """Measure a served adapter on labelled data, over HTTP."""
     with _reported():
         import httpx
 
         from server.tasks.dataset import read_dataset
-        from server.training.evaluate import evaluate
+        from server.training.evaluate import evaluate, served_task
 
-        dataset = read_dataset(data)
         try:
             client = httpx.Client(base_url=url, timeout=timeout)
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"--url {url}: {error}", param="url") from error
         with client:
-            result = evaluate(client, adapter, dataset)
+            task = served_task(client, adapter)
+            result = evaluate(client, adapter, task, read_dataset(data, task.example))
     report = result.report
     if as_json:
-        _print_json(adapter=adapter, version=result.version, seconds=result.seconds, **asdict(report))
+        _print_json(adapter=adapter, task=result.task, version=result.version, seconds=result.seconds, **asdict(report))
         return
     print(f"adapter    {adapter}, version {result.version}")
-    print(f"measured   accuracy {report.accuracy:.4f}, macro F1 {report.macro_f1:.4f}")
-    print(f"           on {report.rows} texts in {result.seconds:.1f} s")
+    print(f"measured   {report} on {report.rows} rows in {result.seconds:.1f} s")
     for label, f1 in report.f1.items():
         print(f"F1         {f1:.4f}  {label}")
 
 
-def _config(pairs: Sequence[str]) -> dict[str, Any]:
+def _pairs(option: str, pairs: Sequence[str] | None) -> dict[str, Any]:
     """`name=value` options; a value is JSON, or text where it is not."""
     config: dict[str, Any] = {}
-    for pair in pairs:
+    for pair in pairs or ():
         name, equals, value = pair.partition("=")
         if not equals:
-            raise InvalidRequest(f"--set {pair}: write it as name=value", param=pair)
+            raise InvalidRequest(f"{option} {pair}: write it as name=value", param=pair)
         try:
             config[name] = json.loads(value)
         except ValueError:

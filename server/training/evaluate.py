@@ -1,19 +1,27 @@
 """Measures a served adapter over HTTP: what its clients get, through everything between them and the backbone."""
 
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Generic, TypeVar
+from urllib.parse import quote
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
+from server.core import Route, TextInput
 from server.errors import AdapterdError
+from server.tasks.adapter import task_named
+from server.tasks.base import AnyTask
 from server.tasks.dataset import Dataset
-from server.tasks.metrics import Report, report
+from server.tasks.metrics import Report
+
+T = TypeVar("T")
+P = TypeVar("P")
 
 CHUNK = 32
-"""Texts of one request."""
+"""Inputs of one request."""
 
 BUSY = (httpx.codes.TOO_MANY_REQUESTS, httpx.codes.SERVICE_UNAVAILABLE)
 """Refusals that pass: they come with Retry-After."""
@@ -28,60 +36,84 @@ class Evaluation:
     """How well one version of a served adapter did."""
 
     adapter: str
+    task: str
     version: str
     seconds: float
     """From the first request to the last answer."""
     report: Report
 
 
-class _Score(BaseModel):
-    label: str
-
-
-class _Answer(BaseModel):
+class _Answer(BaseModel, Generic[P]):
     version: str
-    predictions: list[list[_Score]]
+    predictions: list[P]
 
 
-def evaluate(client: httpx.Client, adapter: str, data: Dataset) -> Evaluation:
-    """Classifies all texts with the server that the client's base URL names, and compares the labels.
+class _Detail(BaseModel):
+    task: str
+
+
+def served_task(client: httpx.Client, adapter: str) -> AnyTask:
+    """What an adapter of the server that the client's base URL names is for. Raises as evaluate does."""
+    found = _parsed(_send(client, "GET", f"/admin/adapters/{quote(adapter, safe='')}"), TypeAdapter(_Detail))
+    return task_named(found.task)
+
+
+def evaluate(client: httpx.Client, adapter: str, task: AnyTask, data: Dataset[Any]) -> Evaluation:
+    """Asks the server that the client's base URL names for all rows, and compares the answers with what they say.
 
     Raises AdapterdError where the server cannot be reached or refuses, with its own words, and where another version
     of the adapter was released meanwhile.
     """
+    form: Any = task.prediction  # known when it runs
+    answers: TypeAdapter[_Answer[Any]] = TypeAdapter(_Answer[form])
+    options = {name: value for name, value in asdict(task.measured).items() if value is not None}
+    inputs = [_item(task, text) for example in data.examples for text in example.inputs()]
     versions: set[str] = set()
-    predicted: list[str] = []
+    predictions: list[Any] = []
     started = time.perf_counter()
-    for start in tqdm(range(0, len(data.texts), CHUNK), unit="request", disable=None):
-        answer = _classify(client, adapter, data.texts[start : start + CHUNK])
+    for start in tqdm(range(0, len(inputs), CHUNK), unit="request", disable=None):
+        body = {"adapter": adapter, "inputs": inputs[start : start + CHUNK], **options}
+        answer = _parsed(_send(client, "POST", task.route.path, body), answers)
         versions.add(answer.version)
-        predicted += [scores[0].label for scores in answer.predictions]
+        predictions += answer.predictions
     seconds = time.perf_counter() - started
     if len(versions) > 1:
         raise AdapterdError(f"another version of adapter {adapter!r} was released during the evaluation; run it again")
-    return Evaluation(adapter, versions.pop(), seconds, report(data.labels, predicted))
+    return Evaluation(adapter, task.name, versions.pop(), seconds, task.measure(data.examples, predictions))
 
 
-def _classify(client: httpx.Client, adapter: str, texts: tuple[str, ...]) -> _Answer:
-    response = _post(client, {"adapter": adapter, "inputs": texts})
-    if response.is_error:
-        raise AdapterdError(f"{response.url} answered {response.status_code}: {_message(response)}")
-    try:
-        return _Answer.model_validate_json(response.content)
-    except ValidationError as error:
-        raise AdapterdError(f"{response.url} does not answer as adapterd does") from error
+def _item(task: AnyTask, text: TextInput) -> str | dict[str, Any]:
+    """An input as the task's route takes it."""
+    if task.route is Route.ANSWER:
+        return {"question": text.text, "context": text.pair}
+    more = {"text_pair": text.pair, "spans": text.spans}
+    return (
+        {"text": text.text} | {name: value for name, value in more.items() if value}
+        if any(more.values())
+        else text.text
+    )
 
 
-def _post(client: httpx.Client, body: dict[str, Any]) -> httpx.Response:
+def _send(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:
+    """A good response. A busy server is asked again."""
     for attempt in range(RETRIES + 1):
         try:
-            response = client.post("/classify", json=body)
+            response = client.request(method, path, json=body)
         except httpx.TransportError as error:
             raise AdapterdError(f"{client.base_url} cannot be reached: {error}") from error
         if response.status_code not in BUSY or attempt == RETRIES:
             break
         time.sleep(_wait(response))
+    if response.is_error:
+        raise AdapterdError(f"{response.url} answered {response.status_code}: {_message(response)}")
     return response
+
+
+def _parsed(response: httpx.Response, form: TypeAdapter[T]) -> T:
+    try:
+        return form.validate_json(response.content)
+    except ValidationError as error:
+        raise AdapterdError(f"{response.url} does not answer as adapterd does") from error
 
 
 def _wait(response: httpx.Response) -> float:

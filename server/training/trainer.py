@@ -22,18 +22,17 @@ from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import BackboneSpec, Encoding
+from server.core import BackboneSpec, Encoding, WindowPooling
 from server.errors import Conflict, InvalidRequest
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, Training
 from server.store.names import check_name
 from server.store.releases import Plan, Release
 from server.store.store import AdapterStore
-from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.adapter import Blueprint, TaskAdapter, task_named
+from server.tasks.base import AnyTask, Outputs, Window
 from server.tasks.dataset import Dataset, read_dataset
-from server.tasks.metrics import Report, report
+from server.tasks.metrics import Report
 from server.training.options import TrainOptions
-
-TASK = "classification"
 
 HYPERPARAMETERS = {"dtype", "epochs", "learning_rate", "batch_size", "weight_decay", "warmup", "max_tokens", "seed"}
 """The options that a manifest records beside the method's and the head's. Paths stay out: they tell of the machine."""
@@ -73,19 +72,22 @@ def train(options: TrainOptions) -> TrainResult:
     """Trains an adapter, measures it and, where `options.name` is given, publishes it.
 
     The same options and data give the same artifact on the same machine. Raises InvalidRequest for data or options
-    that make no sense, InvalidAdapter for a method that does not fit the backbone, BackboneError, StoreUnavailable.
+    that make no sense, InvalidAdapter for a task that is not known and a method or a head that does not fit the
+    backbone, BackboneError, StoreUnavailable.
     """
     # before the hours of training, not after them
     store = AdapterStore.open(options.store) if options.name and check_name(options.name) else None
-    data = read_dataset(options.data)
-    test = read_dataset(options.eval, known=data.label_names) if options.eval else None
+    task = task_named(options.task)
+    data = read_dataset(options.data, task.example)
+    labels = task.labels(data.examples)
+    test = read_dataset(options.eval, task.example, known=labels) if options.eval else None
     backbone = Backbone.load(options.backbone, device=options.device, dtype=options.dtype)
     blueprint = Blueprint.check(
         method=options.method,
         config=_config(options, backbone.spec),
-        task=TASK,
-        head={"pooling": options.pooling},
-        labels=data.label_names,
+        task=options.task,
+        head=options.head,
+        labels=labels,
         spec=backbone.spec,
     )
     tensors, losses = fit(backbone, blueprint, data, options)
@@ -112,46 +114,54 @@ async def _publish(store: AdapterStore, name: str, artifact: Artifact, note: str
     return await store.release(name, plan, by="adapterd train", note=note)
 
 
-def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Any:
-    """Raw outputs of one adapter for texts in one batch, one row each. Differentiable."""
+def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> Outputs:
+    """Raw outputs of one adapter for texts in one batch, one entry each. Differentiable."""
     states = backbone.forward(texts, AdapterPlan([Segment(adapter.weights, 0, len(texts))]))
     return adapter.task.apply(adapter.head, states, 0, len(texts))
 
 
-def measure(backbone: Backbone, adapter: TaskAdapter, data: Dataset) -> Report:
-    """Measures an adapter without a server. Texts are cut where a server would cut them."""
-    texts = backbone.tokenizer.encode(data.texts, truncate=True)
-    predicted: list[str] = []
-    with torch.inference_mode():
-        for start in range(0, len(texts), PREDICT_TEXTS):
-            rows = outputs(backbone, adapter, texts[start : start + PREDICT_TEXTS])
-            predicted += [answer[0].label for answer in adapter.task.decode(rows, adapter.labels)]
-    return report(data.labels, predicted)
+def measure(backbone: Backbone, adapter: TaskAdapter, data: Dataset[Any]) -> Report:
+    """Measures an adapter without a server. Long texts are cut, or run in windows, as a server would do it."""
+    task, tokenizer, reserved = adapter.task, backbone.tokenizer, adapter.weights.framing.positions
+    inputs = [text for example in data.examples for text in example.inputs()]
+    if task.windowed:
+        windows = tokenizer.windows(inputs, reserved=reserved)
+    else:
+        windows = [[one] for one in tokenizer.encode(inputs, truncate=True, reserved=reserved, aligned=task.aligned)]
+    answers = iter(_fetched(backbone, adapter, [encoding for own in windows for encoding in own]))
+    predictions = [
+        adapter.read(text, [Window(one, next(answers)) for one in own], task.measured, WindowPooling.MEAN)
+        for text, own in zip(inputs, windows, strict=True)
+    ]
+    return task.measure(data.examples, predictions)
 
 
 def fit(
-    backbone: Backbone, blueprint: Blueprint, data: Dataset, options: TrainOptions
+    backbone: Backbone, blueprint: Blueprint, data: Dataset[Any], options: TrainOptions
 ) -> tuple[dict[str, Tensor], list[float]]:
     """Trains: the tensors, float32 on the CPU, and the mean loss of each epoch. The backbone stays as it is."""
-    texts = _tokenizer(options, backbone).encode(data.texts, truncate=True)
-    index = {label: i for i, label in enumerate(blueprint.labels)}
-    targets = torch.tensor([index[label] for label in data.labels], device=backbone.device)
-    # All randomness comes from here: which tensors to start from and which texts share a step.
+    task = blueprint.task
+    examples, restore = task.standardized(data.examples, blueprint.head)
+    # All randomness comes from here: which tensors to start from and which rows share a step.
     generator = torch.Generator().manual_seed(options.seed)
     fresh = blueprint.init(backbone, generator)
     tensors = {name: tensor.to(backbone.device).requires_grad_() for name, tensor in fresh.items()}
+    reserved = blueprint.bind(tensors, backbone).weights.framing.positions
+    texts = _encoded(_tokenizer(options, backbone), task, examples, reserved, str(options.data))
     optimizer = torch.optim.AdamW(tensors.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
-    steps = options.epochs * -(-len(texts) // options.batch_size)
+    steps = options.epochs * -(-len(examples) // options.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
     losses: list[float] = []
     with tqdm(total=steps, unit="step", disable=None) as bar:
         for epoch in range(options.epochs):
             total = 0.0
-            for batch in torch.split(torch.randperm(len(texts), generator=generator), options.batch_size):
+            for batch in torch.split(torch.randperm(len(examples), generator=generator), options.batch_size):
                 # anew at each step, since binding prepares copies of the tensors that the last step has changed
                 adapter = blueprint.bind(tensors, backbone)
-                rows = outputs(backbone, adapter, [texts[i] for i in batch.tolist()])
-                loss = blueprint.task.loss(rows, targets[batch])
+                rows = [examples[i] for i in batch.tolist()]
+                encodings = [encoding for i in batch.tolist() for encoding in texts[i]]
+                targets = task.targets(rows, encodings, blueprint.labels).to(backbone.device)
+                loss = task.loss(outputs(backbone, adapter, encodings), targets)
                 optimizer.zero_grad()
                 torch.autograd.backward(loss)
                 clip_grad_norm_(tensors.values(), CLIP_NORM)
@@ -167,8 +177,31 @@ def fit(
                     f"{options.learning_rate}",
                     param="learning_rate",
                 )
-            losses.append(total / len(texts))
-    return {name: tensor.detach().cpu() for name, tensor in tensors.items()}, losses
+            losses.append(total / len(examples))
+    return restore({name: tensor.detach().cpu() for name, tensor in tensors.items()}), losses
+
+
+def _encoded(
+    tokenizer: Tokenizer, task: AnyTask, examples: Sequence[Any], reserved: int, source: str
+) -> list[list[Encoding]]:
+    """The inputs of each example, cut to what the adapter leaves of the backbone's length."""
+    inputs = [example.inputs() for example in examples]
+    flat = [text for own in inputs for text in own]
+    try:
+        encodings = iter(tokenizer.encode(flat, truncate=True, reserved=reserved, aligned=task.aligned))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{source}: {error.param}: {error.message}", param=source) from error
+    return [[next(encodings) for _ in own] for own in inputs]
+
+
+def _fetched(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> list[Tensor]:
+    """Raw outputs, one entry per text, float32 on the CPU."""
+    with torch.inference_mode():
+        return [
+            output.float().cpu()
+            for start in range(0, len(texts), PREDICT_TEXTS)
+            for output in outputs(backbone, adapter, texts[start : start + PREDICT_TEXTS])
+        ]
 
 
 def _config(options: TrainOptions, spec: BackboneSpec) -> dict[str, Any]:
@@ -186,28 +219,30 @@ def _tokenizer(options: TrainOptions, backbone: Backbone) -> Tokenizer:
 
 def _golden(backbone: Backbone, adapter: TaskAdapter) -> Golden:
     """Outputs of a few texts, to the sixth decimal: float32 is not sure of more."""
-    with torch.inference_mode():
-        rows = outputs(backbone, adapter, backbone.tokenizer.encode(GOLDEN_TEXTS, truncate=True))
-    return Golden(texts=GOLDEN_TEXTS, outputs=tuple(tuple(round(value, 6) for value in row) for row in rows.tolist()))
+    inputs = [adapter.task.sample(text) for text in GOLDEN_TEXTS]
+    reserved = adapter.weights.framing.positions
+    rows = _fetched(backbone, adapter, backbone.tokenizer.encode(inputs, truncate=True, reserved=reserved))
+    recorded = tuple(tuple(round(value, 6) for value in row.flatten().tolist()) for row in rows)
+    return Golden(texts=GOLDEN_TEXTS, outputs=recorded)
 
 
 def _manifest(
-    options: TrainOptions, data: Dataset, blueprint: Blueprint, measured: Report | None, golden: Golden
+    options: TrainOptions, data: Dataset[Any], blueprint: Blueprint, measured: Report | None, golden: Golden
 ) -> Manifest:
     spec = blueprint.spec
     return Manifest(
         method=options.method,
         config=blueprint.config.model_dump(mode="json"),
-        task=TASK,
+        task=options.task,
         head=blueprint.head.model_dump(mode="json"),
         labels=blueprint.labels,
         backbone=TrainedOn.on(spec),
         source=f"adapterd {__version__}",
         training=Training(
             data_sha256=data.sha256,
-            rows=len(data.texts),
+            rows=len(data.examples),
             hyperparameters=options.model_dump(mode="json", include=HYPERPARAMETERS),
-            metrics={"accuracy": measured.accuracy, "macro_f1": measured.macro_f1} if measured else {},
+            metrics=dict(measured.metrics) if measured else {},
         ),
         golden=golden,
     )
@@ -215,4 +250,4 @@ def _manifest(
 
 def _note(options: TrainOptions, measured: Report | None) -> str:
     made = f"{options.method}, trained on {options.data.name}"
-    return f"{made}; accuracy {measured.accuracy:.3f} on {measured.rows} texts" if measured else made
+    return f"{made}; {measured} on {measured.rows} rows" if measured else made

@@ -12,8 +12,8 @@ from server.store.formats.reading import MODEL_CONFIG, read_json
 
 ACCEPTED = (
     f"adapterd ({MANIFEST}, {TENSORS}), PEFT ({peft.CONFIG}, {peft.TENSORS}), AdapterHub ({adapterhub.CONFIG}, "
-    f"{adapterhub.TENSORS}, {adapterhub.HEAD_CONFIG}, {adapterhub.HEAD_TENSORS}), a classifier whose body is the "
-    f"backbone ({MODEL_CONFIG}, {classifier.TENSORS})"
+    f"{adapterhub.TENSORS}, {adapterhub.HEAD_CONFIG}, {adapterhub.HEAD_TENSORS}), a model with a head whose body is "
+    f"the backbone ({MODEL_CONFIG}, {classifier.TENSORS})"
 )
 
 
@@ -33,7 +33,8 @@ def read_checkpoint(files: Mapping[str, bytes], labels: Sequence[str] | None, ho
             f"exactly one adapter is needed, {seen}; accepted: {ACCEPTED}", param="files", code="unknown_format"
         )
     anchor = anchors[0]
-    inside = {path.name: files[str(path)] for path in paths if path.parent == anchor.parent}
+    folder = anchor.parent
+    inside = {str(path.relative_to(folder)): files[str(path)] for path in paths if path.is_relative_to(folder)}
     if anchor.name == MODEL_CONFIG:
         return classifier.read(inside, labels, host)
     if anchor.name == peft.CONFIG:

@@ -15,10 +15,12 @@ from torch import Tensor
 from server.adapters import METHODS
 from server.adapters.activations import ACTIVATIONS
 from server.adapters.base import Host, tensor_name
-from server.core import ENCODER_INPUT, BackboneSpec, Pooling, Site, SiteKind, is_target
+from server.core import ENCODER_INPUT, BackboneSpec, HeadKind, Pooling, Site, SiteKind, is_target
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, read_tensors
+from server.store.formats import sentence_transformers
 from server.store.formats.files import required
+from server.store.formats.heads import Head
 from server.store.formats.reading import (
     Checkpoint,
     by_index,
@@ -27,6 +29,7 @@ from server.store.formats.reading import (
     label_names,
     read_json,
     refusal,
+    refuse_labels,
     refuse_pickle,
 )
 from server.tasks.head import BIAS, WEIGHT, hidden_name
@@ -61,8 +64,12 @@ HEADS = {
     "classification": "classification",
     "multilabel_classification": "multi_label_classification",
     "tagging": "tagging",
+    "question_answering": "question_answering",
 }
 """`head_type` -> our task."""
+
+OF_TOKENS = ("tagging", "question_answering")
+"""Tasks whose heads read each token."""
 
 BOTTLENECK = (
     "mh_adapter",
@@ -487,25 +494,30 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
     if not isinstance(name, str) or not name:
         raise refusal(CONFIG, document, "name", "the name that the tensors carry")
     tensors = read_tensors(TENSORS, required(files, TENSORS))
-    if HEAD_CONFIG not in files:
+    headless = HEAD_CONFIG not in files and HEAD_TENSORS not in files
+    if headless and labels is not None:
         raise InvalidAdapter(
-            f"file {HEAD_CONFIG!r} is missing: an adapter without a head answers nothing; save it with with_head=True",
+            f"file {HEAD_CONFIG!r} is missing: an adapter without a head gives vectors, which have no labels; save it "
+            "with with_head=True, or leave the labels out",
             param=HEAD_CONFIG,
             code="missing_file",
         )
-    head_document = read_json(files, HEAD_CONFIG)
-    head_tensors = read_tensors(HEAD_TENSORS, required(files, HEAD_TENSORS))
+    head_document = {} if headless else read_json(files, HEAD_CONFIG)
+    head_tensors = {} if headless else read_tensors(HEAD_TENSORS, required(files, HEAD_TENSORS))
     if both := tensors.keys() & head_tensors.keys():
         raise InvalidAdapter(f"tensor {min(both)!r} is in both files", param=min(both), code="contradiction")
     checkpoint = Checkpoint(tensors | head_tensors, host)
     reader = _Reader(checkpoint, spec, name, _names(tensors, spec))
     parts = reader.read(config)
-    task, head, known = _head(checkpoint, head_document, files, labels, spec)
+    if headless:
+        head = sentence_transformers.embedding(files, labels)
+    else:
+        head = _head(checkpoint, head_document, files, labels, spec)
     return checkpoint.finish(
         parts=parts,
-        task=task,
-        head=head,
-        labels=known,
+        task=head.task,
+        head=head.config,
+        labels=head.labels,
         source=str(document.get("version") or "adapter-transformers").replace("adapters.", "adapters ")[:60],
     )
 
@@ -544,8 +556,8 @@ def _head(
     files: Mapping[str, bytes],
     labels: Sequence[str] | None,
     spec: BackboneSpec,
-) -> tuple[str, dict[str, Any], tuple[str, ...]]:
-    """Takes the head's tensors: its task, its options and its labels."""
+) -> Head:
+    """Takes the head's tensors."""
     config = document.get("config")
     if not isinstance(config, dict):
         raise refusal(HEAD_CONFIG, document, "config", "the whole configuration, as the library saves it")
@@ -569,14 +581,19 @@ def _head(
         for param in ("weight", "bias") if bias or not last else ("weight",):
             ours = (WEIGHT if param == "weight" else BIAS) if last else hidden_name(index, param)
             checkpoint.take(f"{prefix}{step * index + 1}.{param}", ours)
-    outputs = config.get("num_labels")
-    known = label_names(files, labels, by_index(config, HEAD_CONFIG), outputs if isinstance(outputs, int) else None)
     head: dict[str, Any] = {"hidden_layers": layers - 1, "activation": activation, "bias": bias}
-    if task != "tagging":
-        decoder = spec.classifier is not None and spec.classifier.pooling is Pooling.LAST
+    if task not in OF_TOKENS:
+        decoder = spec.heads[HeadKind.SEQUENCE].pooling is Pooling.LAST
         first = Pooling.LAST if decoder else Pooling.CLS
         head["pooling"] = Pooling.POOLER if config.get("use_pooler") else first
-    return task, head, known
+    if task == "question_answering":
+        refuse_labels(labels, "an adapter for question answering")
+        return Head(task, head, ())
+    outputs = config.get("num_labels")
+    if task == "classification" and outputs == 1:
+        task = "regression"  # what the library trains such a head for
+    known = label_names(files, labels, by_index(config, HEAD_CONFIG), outputs if isinstance(outputs, int) else None)
+    return Head(task, head, known)
 
 
 _HEAD = frozenset(

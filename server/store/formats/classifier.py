@@ -1,4 +1,4 @@
-"""A fully fine-tuned classifier of transformers, or a linear probe in its form: config.json and model.safetensors.
+"""A whole model of transformers with a head, or a linear probe in its form: config.json and model.safetensors.
 
 Only the head is kept. The body has to be the backbone, but for biases (BitFit) and normalization layers: what differs
 in those becomes an adapter.
@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from server.adapters.base import Host, tensor_name
-from server.core import Pooling, Site, SiteKind
+from server.core import HeadKind, HeadSpec, Pooling, Site, SiteKind
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, read_tensors
 from server.store.formats import heads
@@ -18,12 +18,8 @@ from server.store.formats.files import required
 from server.store.formats.reading import (
     MODEL_CONFIG,
     Checkpoint,
-    by_index,
-    label_names,
     model_config,
-    problem_task,
     refuse_pickle,
-    rows,
 )
 
 TENSORS = "model.safetensors"
@@ -37,45 +33,53 @@ LEGACY = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bi
 
 
 def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -> Artifact:
-    """The artifact of a classifier's folder. Every tensor is the head's, the backbone's, or refused by its name."""
-    spec = host.spec
+    """The artifact of a model's folder. Every tensor is the head's, the backbone's, or refused by its name."""
     model = model_config(files, host)
-    architectures = model.get("architectures") or []
-    if isinstance(architectures, list) and architectures and "SequenceClassification" not in str(architectures[0]):
-        raise InvalidAdapter(
-            f"{MODEL_CONFIG}: a model of class {str(architectures[0])[:100]} is no adapter; supported: "
-            "...ForSequenceClassification",
-            param="architectures",
-            code="unsupported_option",
-        )
+    kind = _kind(model)
     refuse_pickle(files, TENSORS, PICKLE)
-    task = problem_task(model)
     checkpoint = Checkpoint(read_tensors(TENSORS, required(files, TENSORS)), host)
-    names = _names(checkpoint)
-    head = heads.classifier(spec, _poolers(checkpoint, names))
-    outputs = rows(checkpoint.tensors, names.get(f"{head.output}.weight", ""))
-    known = label_names(files, labels, by_index(model, MODEL_CONFIG), outputs)
-    head_config = heads.take(checkpoint, head, names)
-    tuned = _take_body(checkpoint, names, pooled=head.pooling is Pooling.POOLER)
+    names = _names(checkpoint, heads.known(host.spec, kind))
+    head = heads.read(checkpoint, kind, files, labels, model, _poolers(checkpoint, names))
+    tuned = _take_body(checkpoint, names, pooled=head.config.get("pooling") is Pooling.POOLER)
     parts: list[tuple[str, dict[str, Any]]] = [
         (method, {"target_modules": layers}) for method, layers in tuned.items() if layers
     ]
     return checkpoint.finish(
         parts=parts or [("head_only", {})],
-        task=task,
-        head=head_config,
-        labels=known,
+        task=head.task,
+        head=head.config,
+        labels=head.labels,
         source=f"transformers {str(model.get('transformers_version') or 'of unknown version')[:40]}",
     )
 
 
-def _names(checkpoint: Checkpoint) -> dict[str, str]:
+def _kind(model: Mapping[str, Any]) -> HeadKind:
+    """What the model's class says that its head is for; a classifier of texts where it says nothing."""
+    architectures = model.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        return HeadKind.SEQUENCE
+    name = str(architectures[0])
+    kind = next((kind for kind in HeadKind if name.endswith(f"For{kind}")), None)
+    if kind is None:
+        raise InvalidAdapter(
+            f"{MODEL_CONFIG}: a model of class {name[:100]} is no adapter; supported: "
+            f"{', '.join(f'...For{kind}' for kind in HeadKind)}",
+            param="architectures",
+            code="unsupported_option",
+        )
+    return kind
+
+
+def _names(checkpoint: Checkpoint, head: HeadSpec) -> dict[str, str]:
     """The tensors' names without the model's prefix -> their names in the file."""
     names: dict[str, str] = {}
     for theirs in checkpoint.tensors:
-        name = theirs.removeprefix(f"{checkpoint.host.spec.prefix}.")
+        name = theirs.removeprefix(f"{head.prefix or checkpoint.host.spec.prefix}.")
         if f".{name}".endswith(BUFFERS) and name not in checkpoint.host.tensors():
             checkpoint.skip(theirs)
+            continue
+        if head.pooling is None and name.startswith("pooler."):
+            checkpoint.skip(theirs)  # older versions stored it with heads of tokens too, which do not read it
             continue
         for old, new in LEGACY.items():
             name = name.removesuffix(old) + new if name.endswith(old) else name

@@ -1,7 +1,8 @@
 """PEFT checkpoints, exactly as `save_pretrained` writes them: adapter_config.json and adapter_model.safetensors."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,22 +12,18 @@ from server.adapters import METHODS
 from server.adapters.base import Host, tensor_name
 from server.adapters.targets import SELECTORS
 from server.adapters.vera import Vera, VeraConfig, projections
-from server.core import BackboneSpec, Site, SiteKind, is_target
+from server.core import BackboneSpec, HeadKind, Reach, Site, SiteKind, is_target
 from server.errors import InvalidAdapter
 from server.store.artifact import Artifact, read_tensors
-from server.store.formats import heads
+from server.store.formats import heads, sentence_transformers
 from server.store.formats.files import required
 from server.store.formats.reading import (
     Checkpoint,
-    by_index,
     configured,
-    label_names,
     model_config,
-    problem_task,
     read_json,
     refusal,
     refuse_pickle,
-    rows,
 )
 
 CONFIG = "adapter_config.json"
@@ -56,6 +53,14 @@ ALWAYS_INERT = frozenset(
 HARMLESS_INITS = (True, False, "gaussian", "orthogonal", "eva")
 """Values of init_lora_weights that leave the backbone as it was. The others (PiSSA, OLoRA, LoftQ, CorDA ...) train
 against a changed backbone, whose outputs the unchanged one cannot give."""
+
+TASK_TYPES = {
+    "SEQ_CLS": HeadKind.SEQUENCE,
+    "TOKEN_CLS": HeadKind.TOKENS,
+    "QUESTION_ANS": HeadKind.QUESTION,
+    "FEATURE_EXTRACTION": None,
+}
+"""`task_type` -> the head that the model had; None: it had none."""
 
 BIASES = ("none", "all", "lora_only", "vera_only")
 
@@ -142,25 +147,28 @@ SUFFIXES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "lora_B_bias":
 
 def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -> Artifact:
     """The artifact of a PEFT folder. Every tensor of it is consumed, or refused by the name that it has there."""
-    spec = host.spec
     options = read_json(files, CONFIG)
     refuse_pickle(files, TENSORS, PICKLE, "save_pretrained(..., safe_serialization=True)")
-    method, config = _method(options, spec)
+    kind = _kind(options, files)
+    spec = _wrapped(host.spec, kind)
+    absent = _absent(spec, kind)
+    method, config = _method(options, spec, absent)
     model = model_config(files, host)
-    task = problem_task(model)
     checkpoint = Checkpoint(read_tensors(TENSORS, required(files, TENSORS)), host)
     names = _names(checkpoint, spec)
     root = next((root for root in ROOTS if any(name.startswith(root) for name in checkpoint.tensors)), ROOTS[0])
-    head = heads.classifier(spec, names, root)
-    outputs = rows(checkpoint.tensors, names.get(f"{head.output}.weight", ""))
-    known = label_names(files, labels, by_index(model, "config.json"), outputs)
+    if kind is None:
+        head = sentence_transformers.embedding(files, labels)
+    else:
+        head = heads.read(checkpoint, kind, files, labels, model, names, root)
 
     parts = [(method, config)]
-    config |= _take_method(checkpoint, method, config, names)
-    head_config = heads.take(checkpoint, head, names, root)
-    if biases := _take_biases(checkpoint, options.get("bias", "none"), config, names):
+    config |= _take_method(checkpoint, method, config, names, spec)
+    if biases := _take_biases(checkpoint, options.get("bias", "none"), config, names, spec, absent):
         parts.append(("bitfit", {"target_modules": biases}))
     for name, theirs in names.items():
+        if kind is None and name.startswith("pooler."):
+            checkpoint.skip(theirs)  # no pooling that is read here goes through it
         if method == "p_tuning" and name.startswith(
             "prompt_encoder."
         ):  # what the stored prompt has been through already
@@ -170,20 +178,42 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
             checkpoint.skip(theirs)
     return checkpoint.finish(
         parts=parts,
-        task=task,
-        head=head_config,
-        labels=known,
+        task=head.task,
+        head=head.config,
+        labels=head.labels,
         source=f"peft {str(options.get('peft_version') or 'of unknown version')[:40]}",
     )
 
 
-def _method(options: Mapping[str, Any], spec: BackboneSpec) -> tuple[str, dict[str, Any]]:
+def _kind(options: Mapping[str, Any], files: Mapping[str, bytes]) -> HeadKind | None:
+    """The head of the model that was trained; None where it had none."""
+    said = options.get("task_type")
+    if said is None:
+        return None if sentence_transformers.describes(files) else HeadKind.SEQUENCE
+    if not isinstance(said, str) or said not in TASK_TYPES:
+        raise refusal(CONFIG, options, "task_type", ", ".join(TASK_TYPES))
+    return TASK_TYPES[said]
+
+
+def _wrapped(spec: BackboneSpec, kind: HeadKind | None) -> BackboneSpec:
+    """The backbone as it lies in the model that PEFT wrapped."""
+    if kind is None:
+        return replace(spec, prefix="")
+    return replace(spec, prefix=heads.known(spec, kind).prefix or spec.prefix)
+
+
+def _absent(spec: BackboneSpec, kind: HeadKind | None) -> list[str]:
+    """Linear layers of the backbone that the model did not have: transformers builds no pooler for heads of tokens."""
+    if kind not in (HeadKind.TOKENS, HeadKind.QUESTION):
+        return []
+    return [site.name for site in spec.sites_of(SiteKind.LINEAR) if spec.sites[site].reach is Reach.TEXTS]
+
+
+def _method(options: Mapping[str, Any], spec: BackboneSpec, absent: Sequence[str]) -> tuple[str, dict[str, Any]]:
     """PEFT's options as ours. One that is set and would change the outputs is known or refused, never ignored."""
     kind = TYPES.get(options["peft_type"]) if isinstance(options.get("peft_type"), str) else None
     if kind is None:
         raise refusal(CONFIG, options, "peft_type", ", ".join(TYPES))
-    if options.get("task_type") not in ("SEQ_CLS", None):
-        raise refusal(CONFIG, options, "task_type", "SEQ_CLS")
     if options.get("init_lora_weights", True) not in HARMLESS_INITS:
         raise refusal(CONFIG, options, "init_lora_weights", ", ".join(map(str, HARMLESS_INITS)))
     if options.get("bias", "none") not in BIASES:
@@ -198,7 +228,16 @@ def _method(options: Mapping[str, Any], spec: BackboneSpec) -> tuple[str, dict[s
         raise refusal(CONFIG, options, "lora_bias", "false together with use_dora")
     if kind.options[0] == SELECTORS[0] and "target_modules" not in chosen:
         raise refusal(CONFIG, options, "target_modules", "a list of module names or a regular expression")
+    if absent and "exclude_modules" in kind.options:
+        chosen["exclude_modules"] = _with(chosen.get("exclude_modules") or [], absent)
     return method, configured(CONFIG, method, chosen | kind.given(options), spec)
+
+
+def _with(excluded: Any, absent: Sequence[str]) -> Any:
+    """PEFT's `exclude_modules`, a list or a regular expression, with further modules."""
+    if isinstance(excluded, str):
+        return "|".join([f"(?:{excluded})", *(rf".*\.{re.escape(path)}" for path in absent)])
+    return [*excluded, *absent] if isinstance(excluded, list) else excluded
 
 
 def _names(checkpoint: Checkpoint, spec: BackboneSpec) -> dict[str, str]:
@@ -226,10 +265,9 @@ def _names(checkpoint: Checkpoint, spec: BackboneSpec) -> dict[str, str]:
 
 
 def _take_method(
-    checkpoint: Checkpoint, method: str, config: Mapping[str, Any], names: Mapping[str, str]
+    checkpoint: Checkpoint, method: str, config: Mapping[str, Any], names: Mapping[str, str], spec: BackboneSpec
 ) -> dict[str, Any]:
     """Takes the method's own tensors; gives options that only the tensors tell."""
-    spec = checkpoint.host.spec
     kind = METHODS[method]
     parsed = kind.Config.model_validate(dict(config))
     if method == "prefix_tuning":
@@ -292,11 +330,17 @@ def _take_projections(
     return {"save_projection": not seeded}
 
 
-def _take_biases(checkpoint: Checkpoint, which: str, config: Mapping[str, Any], names: Mapping[str, str]) -> list[str]:
+def _take_biases(
+    checkpoint: Checkpoint,
+    which: str,
+    config: Mapping[str, Any],
+    names: Mapping[str, str],
+    spec: BackboneSpec,
+    absent: Sequence[str],
+) -> list[str]:
     """Takes the biases of the backbone that were trained, all or those of the targets: the paths of their layers."""
-    spec = checkpoint.host.spec
     kinds = (SiteKind.LINEAR, SiteKind.NORM)
-    sites = [site for site, at in spec.sites.items() if at.bias and site.kind in kinds]
+    sites = [site for site, at in spec.sites.items() if at.bias and site.kind in kinds and site.name not in absent]
     if which == "none":
         return []
     if which != "all":
@@ -314,4 +358,6 @@ def _first(names: Mapping[str, str], *paths: str) -> str:
 
 def _whole(path: str, spec: BackboneSpec) -> str:
     """The name that PEFT would give a tensor."""
-    return path if path == "prompt_embeddings" else f"{ROOTS[0]}{spec.prefix}.{path}"
+    if path == "prompt_embeddings":
+        return path
+    return f"{ROOTS[0]}{spec.prefix}.{path}" if spec.prefix else f"{ROOTS[0]}{path}"

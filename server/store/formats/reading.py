@@ -49,6 +49,7 @@ PROBLEM_TASKS = {
     None: "classification",
     "single_label_classification": "classification",
     "multi_label_classification": "multi_label_classification",
+    "regression": "regression",
 }
 """transformers' `problem_type` -> our task."""
 
@@ -200,6 +201,14 @@ def read_json(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
     return document
 
 
+def read_json_list(files: Mapping[str, bytes], name: str) -> list[Any]:
+    """A JSON list in a file that has to be there."""
+    document = _parsed(files, name)
+    if not isinstance(document, list):
+        raise InvalidAdapter(f"{name} is not a JSON list", param=name, code="bad_file")
+    return document
+
+
 def _parsed(files: Mapping[str, bytes], name: str) -> Any:
     try:
         return from_json(required_json(files, name))
@@ -246,12 +255,15 @@ def check_backbone(where: str, said: Mapping[str, Any], spec: BackboneSpec) -> N
             )
 
 
-def problem_task(model: Mapping[str, Any]) -> str:
-    """The task that config.json's problem_type means."""
+def problem_task(model: Mapping[str, Any], outputs: int | None) -> str:
+    """The task that config.json's problem_type means, given the number of the head's outputs, if that is known.
+
+    Where nothing is said, a single one is a label that a text has or has not: transformers' pipeline takes the sigmoid.
+    """
     problem = model.get("problem_type")
     if not (problem is None or isinstance(problem, str)) or problem not in PROBLEM_TASKS:
         raise refusal(MODEL_CONFIG, model, "problem_type", ", ".join(name for name in PROBLEM_TASKS if name))
-    return PROBLEM_TASKS[problem]
+    return "multi_label_classification" if problem is None and outputs == 1 else PROBLEM_TASKS[problem]
 
 
 def by_index(document: Mapping[str, Any], where: str) -> list[Any] | None:
@@ -276,9 +288,7 @@ def label_names(
     """The uploader's labels, those of a side file, or those that the checkpoint stores; one for each output."""
     names: Any = uploaded
     if names is None and LABELS in files:
-        names = _parsed(files, LABELS)
-        if not isinstance(names, list):
-            raise InvalidAdapter(f"{LABELS} is not a JSON list", param=LABELS, code="bad_file")
+        names = read_json_list(files, LABELS)
     if names is None:
         names = stored
     if names is None:
@@ -298,6 +308,12 @@ def label_names(
             f"{len(checked)} labels for a classifier of {outputs} rows", param="labels", code="invalid_labels"
         )
     return checked
+
+
+def refuse_labels(labels: Sequence[str] | None, what: str) -> None:
+    """Refuses labels that the uploader sends for something that has none."""
+    if labels is not None:
+        raise InvalidAdapter(f"{what} has no labels; leave the field out", param="labels", code="invalid_labels")
 
 
 def rows(tensors: Mapping[str, Tensor], name: str) -> int | None:
