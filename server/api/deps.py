@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextvars import ContextVar
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
@@ -30,12 +31,31 @@ async def get_metrics(request: Request) -> Metrics:
     return metrics
 
 
-async def while_connected(request: Request) -> AsyncIterator[None]:
-    """Gives the request up when its client hangs up. For routes that change nothing.
+MAX_TIMEOUT_MS = 24 * 60 * 60 * 1000
 
-    To be depended on with scope="function", so that it ends before the answer is sent: then the connection's end means
-    nothing any more.
-    """
+_timeout_ms: ContextVar[int | None] = ContextVar("timeout_ms", default=None)
+
+
+def asked_timeout() -> float | None:
+    """How long the client of the request in hand waits, in seconds, if its header says so."""
+    asked = _timeout_ms.get()
+    return None if asked is None else asked / 1000
+
+
+async def _patience(
+    request: Request,
+    timeout_ms: Annotated[
+        int | None,
+        Header(
+            alias="X-Request-Timeout-Ms",
+            ge=1,
+            le=MAX_TIMEOUT_MS,
+            description="How long the answer may take, in milliseconds; then 504.",
+        ),
+    ] = None,
+) -> AsyncIterator[None]:
+    """Notes how long the client waits, and gives the request up when it hangs up before that."""
+    _timeout_ms.set(timeout_ms)
     working = asyncio.current_task()
     assert working is not None, "routes run in tasks"
     gone = False
@@ -58,18 +78,12 @@ async def while_connected(request: Request) -> AsyncIterator[None]:
         watching.cancel()
 
 
-MAX_TIMEOUT_MS = 24 * 60 * 60 * 1000
+PATIENCE = [Depends(_patience, scope="function")]
+"""For routes that run tasks and change nothing: they end with their client's patience.
 
-TimeoutDep = Annotated[
-    int | None,
-    Header(
-        alias="X-Request-Timeout-Ms",
-        ge=1,
-        le=MAX_TIMEOUT_MS,
-        description="How long the answer may take, in milliseconds; then 504. The body's `timeout_ms` does the same; "
-        "the smaller one counts.",
-    ),
-]
+Over before the answer is sent, since the connection's end means nothing any more then.
+"""
+
 EngineDep = Annotated[Engine, Depends(get_engine)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]

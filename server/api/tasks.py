@@ -4,9 +4,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from asgi_correlation_id import correlation_id
-from fastapi import APIRouter, Depends
+from fastapi import APIRouter
 
-from server.api.deps import EngineDep, SettingsDep, TimeoutDep, while_connected
+from server.api.deps import PATIENCE, EngineDep, SettingsDep, asked_timeout
 from server.api.errors import RESPONSES
 from server.api.task_schemas import (
     Answer,
@@ -31,53 +31,38 @@ from server.engine.engine import Engine
 from server.errors import InvalidRequest, TooLarge
 from server.settings import Settings
 
-router = APIRouter(tags=["tasks"], responses=RESPONSES, dependencies=[Depends(while_connected, scope="function")])
+router = APIRouter(tags=["tasks"], responses=RESPONSES, dependencies=PATIENCE)
 
 AnswerT = TypeVar("AnswerT", bound=Answer[Any])
 AnswersT = TypeVar("AnswersT", bound=Answers[Any])
 
 
 @router.post(Route.CLASSIFY.path)
-async def classify(
-    body: ClassifyBody, engine: EngineDep, settings: SettingsDep, timeout_ms: TimeoutDep = None
-) -> ClassifyAnswer | ClassifyAnswers:
+async def classify(body: ClassifyBody, engine: EngineDep, settings: SettingsDep) -> ClassifyAnswer | ClassifyAnswers:
     """Classify texts, pairs of texts or marked pieces of them, or measure them, with the adapter that is named."""
-    return rendered(
-        body, await ask(body, Route.CLASSIFY, engine, settings, timeout_ms), ClassifyAnswer, ClassifyAnswers
-    )
+    return rendered(body, await ask(body, Route.CLASSIFY, engine, settings), ClassifyAnswer, ClassifyAnswers)
 
 
 @router.post(Route.TAG.path)
-async def tag(
-    body: TagBody, engine: EngineDep, settings: SettingsDep, timeout_ms: TimeoutDep = None
-) -> TagAnswer | TagAnswers:
+async def tag(body: TagBody, engine: EngineDep, settings: SettingsDep) -> TagAnswer | TagAnswers:
     """Find entities in texts."""
-    return rendered(body, await ask(body, Route.TAG, engine, settings, timeout_ms), TagAnswer, TagAnswers)
+    return rendered(body, await ask(body, Route.TAG, engine, settings), TagAnswer, TagAnswers)
 
 
 @router.post(Route.ANSWER.path)
-async def answer(
-    body: AnswerBody, engine: EngineDep, settings: SettingsDep, timeout_ms: TimeoutDep = None
-) -> AnswerAnswer | AnswerAnswers:
+async def answer(body: AnswerBody, engine: EngineDep, settings: SettingsDep) -> AnswerAnswer | AnswerAnswers:
     """Answer questions with pieces of the texts that come with them."""
-    return rendered(body, await ask(body, Route.ANSWER, engine, settings, timeout_ms), AnswerAnswer, AnswerAnswers)
+    return rendered(body, await ask(body, Route.ANSWER, engine, settings), AnswerAnswer, AnswerAnswers)
 
 
 @router.post(Route.EMBED.path)
-async def embed(
-    body: EmbedBody, engine: EngineDep, settings: SettingsDep, timeout_ms: TimeoutDep = None
-) -> EmbedAnswer | EmbedAnswers:
+async def embed(body: EmbedBody, engine: EngineDep, settings: SettingsDep) -> EmbedAnswer | EmbedAnswers:
     """Make vectors of texts, with an adapter or with the backbone alone."""
-    return rendered(body, await ask(body, Route.EMBED, engine, settings, timeout_ms), EmbedAnswer, EmbedAnswers)
+    return rendered(body, await ask(body, Route.EMBED, engine, settings), EmbedAnswer, EmbedAnswers)
 
 
-async def ask(
-    body: TaskBody, route: Route, engine: Engine, settings: Settings, timeout_ms: int | None
-) -> list[TaskAnswer]:
-    """What the adapters of a body say, within `timeout_ms` and its own.
-
-    Raises InvalidRequest, TooLarge and whatever the engine does.
-    """
+async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) -> list[TaskAnswer]:
+    """What the adapters of a body say. Raises InvalidRequest, TooLarge and whatever the engine does."""
     return await run(
         TaskRequest(
             route=route,
@@ -89,7 +74,7 @@ async def ask(
             version=body.version,
             routing_key=body.routing_key if body.routing_key is not None else correlation_id.get() or "",
             priority=body.priority,
-            timeout_seconds=min((one / 1000 for one in (timeout_ms, body.timeout_ms) if one), default=None),
+            timeout_seconds=body.timeout_ms / 1000 if body.timeout_ms is not None else None,
         ),
         engine,
         settings,
@@ -97,7 +82,7 @@ async def ask(
 
 
 async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[TaskAnswer]:
-    """The engine's answers to a request that is no larger than it may be, and takes no longer."""
+    """The engine's answers to a request that is no larger than it may be, as long as its client waits for them."""
     rows = len(request.inputs) * max(len(request.adapters), 1)
     if rows > settings.max_inputs:
         times = f" for {len(request.adapters)} adapters" if len(request.adapters) > 1 else ""
@@ -106,8 +91,8 @@ async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[
             param="inputs",
             code="too_many_inputs",
         )
-    seconds = min(request.timeout_seconds or settings.request_timeout_seconds, settings.request_timeout_seconds)
-    return await engine.run(replace(request, timeout_seconds=seconds))
+    limits = (request.timeout_seconds, asked_timeout(), settings.request_timeout_seconds)
+    return await engine.run(replace(request, timeout_seconds=min(one for one in limits if one is not None)))
 
 
 def rendered(body: TaskBody, answers: list[TaskAnswer], one: type[AnswerT], many: type[AnswersT]) -> AnswerT | AnswersT:

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, Field
 import server
 from server.api import tasks
 from server.api.compat.common import CLIENT_ERRORS, error_answers, parsed, request_id
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import AnswerBody, ClassifyBody, EmbedBody, TagBody, TaskBody
 from server.core import AnswerSpan, Entity, Route
@@ -35,7 +35,9 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return CLIENT_ERRORS.get(status, status), OipError(error=body.message).model_dump()
 
 
-router = APIRouter(prefix="/v2", tags=["Open Inference Protocol"], responses=error_answers(OipError))
+router = APIRouter(
+    prefix="/v2", tags=["Open Inference Protocol"], responses=error_answers(OipError), dependencies=PATIENCE
+)
 
 TEXT, PAIR = "text", "text_pair"
 """The inputs; of a question to a text, the text is the pair."""
