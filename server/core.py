@@ -281,6 +281,13 @@ class Route(StrEnum):
         """Where it is reached over HTTP."""
         return f"/{self}"
 
+    def item(self, text: TextInput) -> str | dict[str, Any]:
+        """An input as it is written there."""
+        if self is Route.ANSWER:
+            return {"question": text.text, "context": text.pair}
+        more = {name: value for name, value in (("text_pair", text.pair), ("spans", text.spans)) if value}
+        return {"text": text.text, **more} if more else text.text
+
 
 class Activation(StrEnum):
     """How logits become scores."""

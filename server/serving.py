@@ -17,6 +17,7 @@ from server.app import create_app
 from server.engine.engine import Engine
 from server.errors import AdapterdError
 from server.settings import Settings
+from server.tasks import TASKS
 
 GREETING_SECONDS = 5.0
 """How long the greeting waits for the store."""
@@ -99,15 +100,25 @@ async def _greeting(engine: Engine, url: str) -> str:
         f"API documentation: {url}/docs",
     ]
     try:
-        described = (await asyncio.wait_for(engine.page(limit=1), GREETING_SECONDS)).adapters
+        example = await asyncio.wait_for(_example(engine, url), GREETING_SECONDS)
     except AdapterdError as error:
         lines.append(f"The store cannot be read at the moment: {error.message}")
     except TimeoutError:
         lines.append("The store has not answered yet.")
     else:
-        if described:
-            body = json.dumps({"adapter": described[0].name, "inputs": "What a lovely day"})
-            lines += ["Try it:", f"  curl -s {url}/classify -H 'content-type: application/json' -d '{body}'"]
-        else:
-            lines.append("The store is empty; upload an adapter with PUT /admin/adapters/{name}")
+        lines += example
     return "\n".join([*lines, ""])
+
+
+async def _example(engine: Engine, url: str) -> list[str]:
+    """A request to the first adapter, as its task takes it."""
+    adapters = (await engine.page(limit=1)).adapters
+    if not adapters:
+        return ["The store is empty; upload an adapter with PUT /admin/adapters/{name}"]
+    name = adapters[0].name
+    _, manifest, _ = await engine.describe(name)
+    task = TASKS.get(manifest.task)
+    if task is None:  # made by a later adapterd
+        return []
+    body = json.dumps({"adapter": name, "inputs": task.route.item(task.sample("What a lovely day in Paris"))})
+    return ["Try it:", f"  curl -s {url}{task.route.path} -H 'content-type: application/json' -d '{body}'"]

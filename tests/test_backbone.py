@@ -43,7 +43,19 @@ from server.backbone.attention import WINDOW_TOKENS, PackedTexts, packed_attenti
 from server.backbone.backbone import Backbone, choose_device, choose_dtype, fingerprint
 from server.backbone.source import PACKAGES, resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import ENCODER_INPUT, ENCODER_OUTPUT, Encoding, Pooling, Reach, Site, SiteKind, SiteSpec, is_target
+from server.core import (
+    ENCODER_INPUT,
+    ENCODER_OUTPUT,
+    Encoding,
+    HeadKind,
+    HeadSpec,
+    Pooling,
+    Reach,
+    Site,
+    SiteKind,
+    SiteSpec,
+    is_target,
+)
 from server.errors import BackboneError, InvalidAdapter, InvalidRequest, TooLarge
 from server.store.formats import read_checkpoint
 

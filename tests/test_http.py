@@ -614,7 +614,7 @@ def test_bad_peft_uploads(
     files_scalar = files | {"adapter_model.safetensors": safetensors.torch.save(scalar)}
     refused(put(client, "fresh", files_scalar, labels=three), 422, "base_model.model.classifier.weight", "wrong_shape")
     for config, param in (
-        ({"problem_type": "regression"}, "problem_type"),
+        ({"problem_type": "ranking"}, "problem_type"),
         ({"model_type": "roberta"}, "model_type"),
         ({"hidden_size": 1024}, "hidden_size"),
     ):
@@ -1012,7 +1012,8 @@ def test_request_ids_are_kept_or_made(client: TestClient) -> None:
 
 def test_the_openapi_document_lists_every_route(client: TestClient) -> None:
     paths = client.get("/openapi.json").json()["paths"]
-    assert set(paths) == {
+    peers = ("/models/", "/tei/", "/vllm/", "/v1/", "/v2")  # the shapes of other servers, listed where they are tested
+    assert {path for path in paths if not path.startswith(peers)} == {
         "/answer",
         "/classify",
         "/embed",

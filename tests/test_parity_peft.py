@@ -9,7 +9,7 @@ import peft_references as peft
 import pytest
 import safetensors.torch
 import torch
-from helpers import build, run, tiny_backbone
+from helpers import UNLISTED, build, run, tiny_backbone, tiny_model
 from peft_references import Case, Trained
 from torch import Tensor
 from transformers import (
@@ -383,6 +383,23 @@ def test_a_folder_around_the_files_of_sentence_transformers_does_not_matter(bert
     assert read_checkpoint(moved, None, bert).version == read_checkpoint(files, None, bert).version
     beside = moved | {f"other/{POOLING}": b"not looked at"}
     assert read_checkpoint(beside, None, bert).version == read_checkpoint(files, None, bert).version
+
+
+@pytest.mark.parametrize("family", UNLISTED)
+def test_vectors_take_no_head_that_has_to_be_known(family: str, backbone_of: BackboneOf) -> None:
+    backbone, options = backbone_of(family), peft.lora(peft.BERT, target_modules="all-linear")
+    options.task_type = "FEATURE_EXTRACTION"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        checkpoint = peft.train_model(tiny_model(family), options, peft.TEXTS, noise=0.05)
+    adapter = load(backbone, checkpoint)
+    for text, expected in zip(peft.TEXTS, checkpoint.logits, strict=True):
+        torch.testing.assert_close(run(backbone, [(text, adapter)])[0].logits, expected, rtol=0, atol=LOGITS)
+    config = json.loads(checkpoint.files["adapter_config.json"]) | {"task_type": "TOKEN_CLS"}
+    files = checkpoint.files | {"adapter_config.json": json.dumps(config).encode()}
+    with pytest.raises(InvalidAdapter, match="TokenClassification are not known") as caught:
+        load(backbone, checkpoint._replace(files=files))
+    assert caught.value.error_code == "unsupported_head"
 
 
 def test_vectors_have_no_labels(bert: Backbone) -> None:

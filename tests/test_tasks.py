@@ -242,7 +242,7 @@ def test_windows_of_a_text_are_pooled_before_they_are_scored(pooling: WindowPool
 
 def test_a_text_without_spans_is_asked_for() -> None:
     for task in (TASK, MULTI_LABEL, REGRESSION, TAGGING):
-        task.check_input(TextInput("a", "b"))
+        task.check_input(TextInput("a", None if task is TAGGING else "b"))
         with pytest.raises(InvalidRequest, match="does not read spans"):
             task.check_input(TextInput("a", spans=((0, 1),)))
 

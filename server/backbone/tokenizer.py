@@ -62,8 +62,9 @@ class Tokenizer:
     ) -> list[Encoding]:
         """Token ids with special tokens. Where an input is too long it is cut, or TooLarge names its index.
 
-        Of a pair, the longer text is cut first, as transformers does. `reserved` positions are not the text's: its
-        adapter takes them. With `aligned`, encodings say where their tokens come from.
+        Of a pair, the longer text is cut first, as transformers does; where both are so long that only their beginnings
+        are tokenized, which of them keeps an odd token is decided on those. `reserved` positions are not the text's:
+        its adapter takes them. With `aligned`, encodings say where their tokens come from.
 
         An input that comes to no token at all, as an empty one does where the tokenizer adds no special tokens, is an
         InvalidRequest, and so is a marked span without a token.
@@ -92,21 +93,22 @@ class Tokenizer:
         """Whole inputs, aligned, in as many windows as each takes; neighbours share `overlap` tokens.
 
         Of a pair, each window holds the whole first text and a piece of the second. Raises TooLarge where more than
-        `max_windows` come of an input, or its first text leaves no room.
+        `max_windows` come of an input, or its first text leaves no room for windows of the second.
         """
         encodings = []
         for index, (text, parts) in enumerate(self._parts(texts, truncate=False)):
             *fixed, last = parts
             room = self._room(parts) - reserved - sum(len(part.ids) for part in fixed)
-            if room < SHORTEST_WINDOW:
+            length = len(last.ids)
+            if length > room and room < SHORTEST_WINDOW:
+                what = "the first text leaves" if fixed else "the adapter leaves"
                 raise TooLarge(
-                    f"the first text leaves {max(room, 0)} tokens for the second",
+                    f"{what} room for {max(room, 0)} tokens in a window, at least {SHORTEST_WINDOW} are needed",
                     param=f"inputs.{index}",
                     code=TOO_LONG,
                 )
             shared = min(overlap, room // 2)
-            length = len(last.ids)
-            count = 1 + max(0, -(-(length - room) // (room - shared)))
+            count = 1 + (-(-(length - room) // (room - shared)) if length > room else 0)
             if count > max_windows:
                 raise TooLarge(
                     f"the text has {length} tokens, which makes {count} windows; at most {max_windows} are run",

@@ -34,7 +34,7 @@ an eighth of a batch, so that a newcomer waits for few batches."""
 
 BORROWED = 0.5
 """Of its quantum: how much an adapter may be charged ahead of its turn, for rows in requests that wait in another's
-queue. The other half is left for its own queue, whatever others ask for."""
+queue, while work waits in its own. The other half is left for that, whatever others ask for."""
 
 AGED_SHARE = 0.25
 """Of a batch: how much a lower priority gets first once its oldest work has waited for too long."""
@@ -192,7 +192,8 @@ class _Round(Generic[WorkT]):
         if piece.adapter == owner:
             return 0.0
         flow = self._flow(piece.adapter)
-        paid = min(float(piece.tokens), max(0.0, flow.credit + BORROWED * flow.income))
+        limit = flow.income * (BORROWED if flow.units else 1.0)
+        paid = min(float(piece.tokens), max(0.0, flow.credit + limit))
         flow.credit -= paid
         return paid
 

@@ -10,7 +10,6 @@ import httpx
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from tqdm.auto import tqdm
 
-from server.core import Route, TextInput
 from server.errors import AdapterdError
 from server.tasks.adapter import task_named
 from server.tasks.base import AnyTask
@@ -67,7 +66,7 @@ def evaluate(client: httpx.Client, adapter: str, task: AnyTask, data: Dataset[An
     form: Any = task.prediction  # known when it runs
     answers: TypeAdapter[_Answer[Any]] = TypeAdapter(_Answer[form])
     options = {name: value for name, value in asdict(task.measured).items() if value is not None}
-    inputs = [_item(task, text) for example in data.examples for text in example.inputs()]
+    inputs = [task.route.item(text) for example in data.examples for text in example.inputs()]
     versions: set[str] = set()
     predictions: list[Any] = []
     started = time.perf_counter()
@@ -80,18 +79,6 @@ def evaluate(client: httpx.Client, adapter: str, task: AnyTask, data: Dataset[An
     if len(versions) > 1:
         raise AdapterdError(f"another version of adapter {adapter!r} was released during the evaluation; run it again")
     return Evaluation(adapter, task.name, versions.pop(), seconds, task.measure(data.examples, predictions))
-
-
-def _item(task: AnyTask, text: TextInput) -> str | dict[str, Any]:
-    """An input as the task's route takes it."""
-    if task.route is Route.ANSWER:
-        return {"question": text.text, "context": text.pair}
-    more = {"text_pair": text.pair, "spans": text.spans}
-    return (
-        {"text": text.text} | {name: value for name, value in more.items() if value}
-        if any(more.values())
-        else text.text
-    )
 
 
 def _send(client: httpx.Client, method: str, path: str, body: Mapping[str, Any] | None = None) -> httpx.Response:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, FailFast, Field
 
 import server
@@ -32,17 +32,25 @@ class OipError(BaseModel):
 
 def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     """An error as the protocol has it: 400 for whatever is wrong with a request."""
-    return CLIENT_ERRORS.get(status, status), OipError(error=body.message).model_dump()
+    hint = BINARY if body.code == "invalid_json" else ""  # which is what a JSON with tensors behind it is taken for
+    return CLIENT_ERRORS.get(status, status), OipError(error=body.message + hint).model_dump()
 
 
+BINARY = "; binary tensors are not taken: send data as JSON"
+
+
+# Triton's client sends no Content-Type. Elsewhere that is refused, as it lets any web page make a browser ask; but
+# nothing here changes anything.
 router = APIRouter(
-    prefix="/v2", tags=["Open Inference Protocol"], responses=error_answers(OipError), dependencies=PATIENCE
+    prefix="/v2",
+    tags=["Open Inference Protocol"],
+    responses=error_answers(OipError),
+    strict_content_type=False,
+    dependencies=PATIENCE,
 )
 
 TEXT, PAIR = "text", "text_pair"
 """The inputs; of a question to a text, the text is the pair."""
-
-BINARY = "binary tensors are not taken: send data as JSON"
 
 
 def _flat(data: Any) -> Any:
@@ -58,7 +66,7 @@ class Input(Body):
     name: Literal["text", "text_pair"]
     shape: list[int] = Field(description="[n] or [n, 1]")
     datatype: Literal["BYTES"]
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
     data: Annotated[list[str], FailFast(), BeforeValidator(_flat)]
 
 
@@ -66,18 +74,18 @@ class Output(Body):
     """A tensor that is wanted."""
 
     name: str
-    parameters: dict[str, Any] = Field({}, description="`binary_data` is a wish that is not granted.")
+    parameters: dict[str, Any] | None = Field(None, description="`binary_data` is a wish that is not granted.")
 
 
 class InferBody(Body):
     """A request."""
 
     id: str | None = Field(None, max_length=1024)
-    parameters: dict[str, Any] = Field(
-        {}, description="What the route of the adapter's task takes beside its inputs: `top_k`, `truncate` and so on."
+    parameters: dict[str, Any] | None = Field(
+        None, description="What the route of the adapter's task takes beside its inputs: `top_k`, `truncate` and so on."
     )
     inputs: list[Input] = Field(min_length=1, max_length=2)
-    outputs: list[Output] = Field([], max_length=8, description="All where none is named.")
+    outputs: list[Output] | None = Field(None, max_length=8, description="All where none is named.")
 
 
 class Tensor(BaseModel):
@@ -127,12 +135,9 @@ class ServerMetadata(BaseModel):
 @dataclass(frozen=True, slots=True)
 class _Output:
     datatype: str
+    shape: list[int]
     row: Callable[[Any], list[Any] | str]
     """A prediction as a row of the tensor, or as its one value."""
-
-    @property
-    def shape(self) -> list[int]:
-        return [-1] if self.row is _json else [-1, -1]
 
     def tensor(self, name: str, predictions: Sequence[Any]) -> Tensor:
         rows = list(map(self.row, predictions))
@@ -147,12 +152,12 @@ def _json(found: Sequence[Entity] | Sequence[AnswerSpan]) -> str:
 
 OUTPUTS: Mapping[Route, Mapping[str, _Output]] = {
     Route.CLASSIFY: {
-        "labels": _Output("BYTES", lambda labels: [one.label for one in labels]),
-        "scores": _Output("FP32", lambda labels: [one.score for one in labels]),
+        "labels": _Output("BYTES", [-1, -1], lambda labels: [one.label for one in labels]),
+        "scores": _Output("FP32", [-1, -1], lambda labels: [one.score for one in labels]),
     },
-    Route.TAG: {"entities": _Output("BYTES", _json)},
-    Route.ANSWER: {"answers": _Output("BYTES", _json)},
-    Route.EMBED: {"embeddings": _Output("FP32", list)},
+    Route.TAG: {"entities": _Output("BYTES", [-1], _json)},
+    Route.ANSWER: {"answers": _Output("BYTES", [-1], _json)},
+    Route.EMBED: {"embeddings": _Output("FP32", [-1, -1], list)},
 }
 """The outputs of each task: labels and scores best first; of entities and answers, a JSON list for each text."""
 
@@ -221,17 +226,15 @@ async def infer(
     engine: EngineDep,
     settings: SettingsDep,
     version: str | None = None,
-    binary: Annotated[str | None, Header(alias="Inference-Header-Content-Length")] = None,
 ) -> InferAnswer:
     """Do what the adapter does: classify, find entities, answer, embed."""
-    if binary is not None or any("binary_data_size" in one.parameters for one in body.inputs):
-        raise InvalidRequest(BINARY, param="inputs")
-    if taken := TAKEN & body.parameters.keys():
+    parameters = body.parameters or {}
+    if taken := TAKEN & parameters.keys():
         param = f"parameters.{min(taken)}"
         raise InvalidRequest(f"{param}: the path and the inputs say that", param=param)
     route = (await engine.profile(name, version)).task.route
-    wanted = _wanted(body.outputs, route)
-    options = {key: value for key, value in body.parameters.items() if key != BINARY_OUTPUT}
+    wanted = _wanted(body.outputs or (), route)
+    options = {key: value for key, value in parameters.items() if key != BINARY_OUTPUT}
     inputs = _inputs(body.inputs, route)
     asked = parsed(BODIES[route], options | {"adapter": name, "version": version, "inputs": inputs})
     [answer] = await tasks.ask(asked, route, engine, settings)

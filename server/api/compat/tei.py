@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from fastapi import APIRouter, Depends, Header, Response
-from pydantic import BaseModel, Discriminator, FailFast, Field, Tag
+from pydantic import BaseModel, Discriminator, Field, Tag
 
 import server
 from server.api.compat.common import ask, error_answers, refused
@@ -67,8 +67,8 @@ class _TeiBody(Body):
     truncation_direction: Literal["right", "Right"] = Field("Right", description="Texts are cut at their end.")
 
 
-Sequence = Annotated[list[Text], FailFast(), Field(min_length=1, max_length=2)]
-Batch = Annotated[list[Sequence], FailFast(), Field(min_length=1)]
+Sequence = Annotated[list[Text], Field(min_length=1, max_length=2)]
+Batch = Annotated[list[Sequence], Field(min_length=1, fail_fast=True)]
 
 
 def _kind(inputs: Any) -> str:
