@@ -491,11 +491,10 @@ class Waiting:
     """A text of a request, in the model."""
 
     unit: Unit[Piece]
+    adapter: str
+    priority: Priority
+    tokens: int
     left: list[Piece]
-
-    @property
-    def priority(self) -> Priority:
-        return self.unit.terms.priority
 
 
 class Machine(RuleBasedStateMachine):
@@ -535,7 +534,8 @@ class Machine(RuleBasedStateMachine):
             assert ahead, "an empty queue takes anything"
             return multiple()
         assert not ahead or ahead + len(adapters) * sum(sizes) <= self.QUEUE
-        self.waiting += [Waiting(unit, list(group)) for unit, group in zip(units, groups, strict=True)]
+        for unit, group in zip(units, groups, strict=True):
+            self.waiting.append(Waiting(unit, adapters[0], priority, sum(piece.tokens for piece in group), list(group)))
         return units
 
     @rule(units=consumes(requests))
@@ -581,12 +581,12 @@ class Machine(RuleBasedStateMachine):
         while work:
             one = next(one for one in self.waiting if work[0] in one.left)
             line = [other for other in self.waiting if other.priority is one.priority]
-            assert next(other for other in line if other.left[0].adapter == one.left[0].adapter) is one
+            assert next(other for other in line if other.adapter == one.adapter) is one
             taken, work = work[: len(one.left)], work[len(one.left) :]
             assert taken == one.left[: len(taken)]
             one.left = one.left[len(taken) :]
             if one.left:
-                assert sum(piece.tokens for piece in one.unit.pieces) > self.BATCH
+                assert one.tokens > self.BATCH
             else:
                 self.waiting.remove(one)
 

@@ -68,19 +68,17 @@ WorkT = TypeVar("WorkT", bound=Work)
 class Unit(Generic[WorkT]):
     """Pieces that share work where they run together: one text of a request, for each of its adapters.
 
-    It waits in the queue of its first adapter, and is cut only where it is larger than a whole batch.
+    It is cut only where it is larger than a whole batch.
     """
 
+    adapter: str
+    """In whose queue it waits: its first."""
     pieces: Sequence[WorkT]
+    """Those that have not run."""
+    tokens: int
     number: int
     terms: Terms
     admitted: float
-    tokens: int
-
-    @property
-    def adapter(self) -> str:
-        """In whose queue it waits."""
-        return self.pieces[0].adapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,17 +173,16 @@ class _Round(Generic[WorkT]):
 
     def take(self, unit: Unit[WorkT], pieces: Sequence[WorkT]) -> None:
         """Some of the first pieces of a unit run: their adapters are charged, and the rest goes on waiting."""
-        rest = unit.pieces[len(pieces) :]
         owner = self._flows[unit.adapter]
         for piece in pieces:
             owner.credit -= piece.tokens - self._borrow(piece, unit.adapter)
-        self.remove(unit)
-        if rest:
-            cut = Unit(rest, unit.number, unit.terms, unit.admitted, sum(piece.tokens for piece in rest))
-            self.add(cut)
-            self.units.move_to_end(cut.number, last=False)
-            flow = self._flow(cut.adapter)
-            flow.units.move_to_end(cut.number, last=False)
+        if len(pieces) == len(unit.pieces):
+            self.remove(unit)
+            return
+        tokens = sum(piece.tokens for piece in pieces)
+        for tally in (unit, owner, self):
+            tally.tokens -= tokens
+        unit.pieces = unit.pieces[len(pieces) :]
 
     def _borrow(self, piece: WorkT, owner: str) -> float:
         """Charges an adapter for a piece in another's queue. What of it was paid that way."""
@@ -291,7 +288,8 @@ class Scheduler(Generic[WorkT]):
         units = []
         for group in groups:
             self._numbers += 1
-            unit = Unit(group, self._numbers, terms, now, sum(piece.tokens for piece in group))
+            tokens = sum(piece.tokens for piece in group)
+            unit = Unit(group[0].adapter, group, tokens, self._numbers, terms, now)
             self._rounds[terms.priority].add(unit)
             if terms.deadline is not None:
                 heapq.heappush(self._deadlines, (terms.deadline, unit.number, unit))
