@@ -2,8 +2,8 @@
 
     python -m benchmarks.fairness --json
 
-Sixteen adapters, one text a request, open loop: requests come at random and do not wait for each other. The fifteen
-share `--load` (0.6) of the throughput that clients without pauses reached at the start; in every other slice the
+Sixteen adapters, eight texts a request, so that the device is what is short and not HTTP; open loop: requests come at
+random and do not wait for each other. The fifteen share `--load` (0.6) of the throughput that clients without pauses reached at the start; in every other slice the
 sixteenth adapter gets twenty times the requests of each of them, so that in all there is more to do than the server
 can. Calm slices and such with the hot adapter alternate, so that a noisy machine disturbs both.
 
@@ -50,7 +50,9 @@ OTHERS = 15
 HOT = "hot"
 TIMES = 20
 """The hot adapter's requests over those of each other one."""
-TEXTS = 256
+REQUESTS = 64
+TEXTS = 8
+"""Of a request."""
 CLIENTS = 64
 WARM_UP_SECONDS = 4.0
 SATURATED_SECONDS = 4.0
@@ -72,8 +74,9 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
     """All figures."""
     others = [f"other-{index}" for index in range(OTHERS)]
     await upload(server.port, [HOT, *others])
-    texts = [json.dumps(text).encode() for text in make_texts(TEXTS)]
-    requests = {name: [(name, classify_request(name, text)) for text in texts] for name in (HOT, *others)}
+    texts = make_texts(REQUESTS * TEXTS)
+    inputs = [json.dumps(texts[first : first + TEXTS]).encode() for first in range(0, len(texts), TEXTS)]
+    requests = {name: [(name, classify_request(name, one)) for one in inputs] for name in (HOT, *others)}
     chooser = random.Random(1)
 
     def of_others() -> tuple[Any, bytes]:

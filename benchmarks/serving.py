@@ -40,6 +40,8 @@ SHORTEST, LONGEST = 6, 128  # tokens
 START_SECONDS = 120
 STOP_SECONDS = 40
 TICKS = os.sysconf("SC_CLK_TCK")
+IDLE_SECONDS = 2.0
+"""How long a connection is kept for another request. The server closes idle ones after 5, perhaps while one is sent."""
 
 
 def say(words: str) -> None:
@@ -248,7 +250,7 @@ class Arrivals:
         self._port = port
         self._draw = draw
         self._random = random.Random(seed)
-        self._idle: list[Connection] = []
+        self._idle: list[tuple[float, Connection]] = []  # since when
 
     async def run(self, seconds: float, rate: float) -> "Slice":
         """About `rate` requests a second; ends when the last is answered."""
@@ -264,20 +266,18 @@ class Arrivals:
         return Slice(answers, seconds)
 
     async def _ask(self, due: float, answers: list[Answered]) -> None:
-        connection: Connection | None = None
-        while self._idle and (connection is None or connection.lost):
-            connection = self._idle.pop()
-        if connection is None or connection.lost:
-            connection = await Connection.open(self._port)
+        now = time.perf_counter()
+        self._idle = [(since, one) for since, one in self._idle if not one.lost and since > now - IDLE_SECONDS]
+        connection = self._idle.pop()[1] if self._idle else await Connection.open(self._port)
         answer = await connection.ask(*self._draw())
         answer.sent = due
         answers.append(answer)
         if answer.status:
-            self._idle.append(connection)
+            self._idle.append((time.perf_counter(), connection))
 
     def close(self) -> None:
         """Ends all connections."""
-        for connection in self._idle:
+        for _, connection in self._idle:
             connection.close()
 
 
@@ -311,9 +311,9 @@ def http_request(method: str, path: str, body: bytes = b"", content_type: str = 
     return head.encode() + b"\r\n\r\n" + body
 
 
-def classify_request(adapter: str, text: bytes) -> bytes:
-    """POST /classify for one text that is JSON already."""
-    return http_request("POST", "/classify", b'{"adapter": "%s", "inputs": %s}' % (adapter.encode(), text))
+def classify_request(adapter: str, inputs: bytes) -> bytes:
+    """POST /classify for a text, or a list of them, that is JSON already."""
+    return http_request("POST", "/classify", b'{"adapter": "%s", "inputs": %s}' % (adapter.encode(), inputs))
 
 
 def upload_request(name: str, artifact: Artifact) -> bytes:

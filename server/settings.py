@@ -75,6 +75,13 @@ class Settings(BaseSettings):
         "make everyone wait longer; raise it while `adapterd_batch_tokens` sits at the budget and throughput still "
         "grows. A longer single text runs alone.",
     )
+    max_batch_ms: float = Field(
+        100.0,
+        gt=0,
+        description="How long a forward pass should take while work waits: on a slow device its budget is less than "
+        "`max_batch_tokens`, down to 256, so that requests of a quiet adapter do not wait long for a hot one's. See "
+        "`adapterd_batch_budget_tokens` and `adapterd_batch_seconds`.",
+    )
     max_queue_tokens: int = Field(
         65_536,
         ge=1,

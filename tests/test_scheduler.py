@@ -55,6 +55,7 @@ def scheduler(
     weight: Callable[[str], float] = lambda _: 1.0,
     aging: float = 1e9,
     delay: float = 0.0,
+    batch_seconds: float = 1e9,
 ) -> Scheduler[Piece]:
     return Scheduler(
         max_batch_tokens=batch,
@@ -63,6 +64,7 @@ def scheduler(
         weight=weight,
         aging_seconds=aging,
         delay_seconds=delay,
+        batch_seconds=batch_seconds,
     )
 
 
@@ -195,6 +197,15 @@ def test_less_memory_means_smaller_batches_for_a_while() -> None:
     for _ in range(10):
         queue.shrink()
     assert len(batch(queue)) == 1
+
+
+@pytest.mark.parametrize(("throughput", "budget"), [(1e6, 5000), (20_000, 2000), (10, QUANTUM)])
+def test_a_slow_device_gets_smaller_batches(throughput: float, budget: int) -> None:
+    queue = scheduler(batch=5000, batch_seconds=0.1)
+    admit(queue, *pieces(*[1] * 20_000))
+    assert len(batch(queue)) == 5000
+    queue.ran(int(throughput), 1.0)
+    assert queue.budget == len(batch(queue)) == budget
 
 
 # ------------------------------------------------------------------------------------------------------------- shares
@@ -582,8 +593,9 @@ class Machine(RuleBasedStateMachine):
             one = next(one for one in self.waiting if work[0] in one.left)
             line = [other for other in self.waiting if other.priority is one.priority]
             assert next(other for other in line if other.adapter == one.adapter) is one
-            taken, work = work[: len(one.left)], work[len(one.left) :]
-            assert taken == one.left[: len(taken)]
+            taken = [piece for piece, left in zip(work, one.left, strict=False) if piece is left]
+            assert work[: len(taken)] == one.left[: len(taken)] == taken
+            work = work[len(taken) :]
             one.left = one.left[len(taken) :]
             if one.left:
                 assert one.tokens > self.BATCH

@@ -152,6 +152,7 @@ class Engine:
             weight=settings.weight,
             aging_seconds=settings.priority_aging_seconds,
             delay_seconds=settings.max_batch_delay_ms / 1000,
+            batch_seconds=settings.max_batch_ms / 1000,
         )
         self._clock = clock
         self._quarantine = Quarantine(

@@ -223,13 +223,16 @@ class Scheduler(Generic[WorkT]):
         weight: Callable[[str], float] = lambda _: 1.0,
         aging_seconds: float = math.inf,
         delay_seconds: float = 0.0,
+        batch_seconds: float = math.inf,
     ) -> None:
         """`clock` gives seconds; only differences count. `weight(adapter)`: its share, above 0.
 
         `aging_seconds`: how long a lower priority may be passed over. `delay_seconds`: how long a batch that is not
-        full waits for more.
+        full waits for more. `batch_seconds`: how long a batch should take while work waits; budgets are made to that
+        measure, but for a quantum at least.
         """
-        self._max_batch_tokens = self._budget = max_batch_tokens
+        self._max_batch_tokens = self._affordable = max_batch_tokens
+        self._batch_seconds = batch_seconds
         self._max_queue_tokens = max_queue_tokens
         self._clock = clock
         self._aging_seconds = aging_seconds
@@ -248,7 +251,8 @@ class Scheduler(Generic[WorkT]):
     @property
     def budget(self) -> int:
         """Tokens of a batch, for now."""
-        return self._budget
+        quick = (self.throughput or math.inf) * self._batch_seconds
+        return int(min(self._affordable, max(QUANTUM, quick)))
 
     @property
     def throughput(self) -> float | None:
@@ -320,7 +324,7 @@ class Scheduler(Generic[WorkT]):
         oldest = min((unit.admitted for line in self._rounds.values() if (unit := _oldest(line))), default=None)
         if oldest is None:
             return None
-        if sum(self.tokens.values()) >= self._budget:
+        if sum(self.tokens.values()) >= self.budget:
             return 0.0
         return max(0.0, oldest + self._delay_seconds - self._clock())
 
@@ -328,6 +332,7 @@ class Scheduler(Generic[WorkT]):
         """What runs next within the budget, at least one piece; None if nothing waits."""
         now = self._clock()
         self._grow(now)
+        budget = self.budget
         filling = _Filling[WorkT](now)
         aged = [
             (oldest.admitted, line)
@@ -337,9 +342,9 @@ class Scheduler(Generic[WorkT]):
             and now - oldest.admitted >= self._aging_seconds
         ]
         for _, line in sorted(aged, key=lambda one: one[0]):
-            filling.fill(line, filling.tokens + int(AGED_SHARE * self._budget), self._budget)
+            filling.fill(line, filling.tokens + int(AGED_SHARE * budget), budget)
         for line in self._rounds.values():
-            filling.fill(line, self._budget, self._budget)
+            filling.fill(line, budget, budget)
         if not filling.work:
             return None
         return Batch(filling.work, filling.waits, filling.tokens, backlog=any(self.tokens.values()))
@@ -357,7 +362,7 @@ class Scheduler(Generic[WorkT]):
 
     def shrink(self) -> None:
         """The device ran out of memory: for a while, batches have half the budget that they have now."""
-        self._budget = max(1, self._budget // 2)
+        self._affordable = max(1, self.budget // 2)
         self._shrunk_until = self._clock() + SHRUNK_SECONDS
 
     def waiting(self) -> Iterator[WorkT]:
@@ -406,8 +411,8 @@ class Scheduler(Generic[WorkT]):
         return error
 
     def _grow(self, now: float) -> None:
-        while self._budget < self._max_batch_tokens and now >= self._shrunk_until:
-            self._budget = min(2 * self._budget, self._max_batch_tokens)
+        while self._affordable < self._max_batch_tokens and now >= self._shrunk_until:
+            self._affordable = min(2 * self._affordable, self._max_batch_tokens)
             self._shrunk_until += SHRUNK_SECONDS
 
 
