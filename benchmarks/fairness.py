@@ -3,9 +3,10 @@
     python -m benchmarks.fairness --json
 
 Sixteen adapters, eight texts a request, so that the device is what is short and not HTTP; open loop: requests come at
-random and do not wait for each other. The fifteen share `--load` (0.6) of the throughput that clients without pauses reached at the start; in every other slice the
-sixteenth adapter gets twenty times the requests of each of them, so that in all there is more to do than the server
-can. Calm slices and such with the hot adapter alternate, so that a noisy machine disturbs both.
+random and do not wait for each other. The fifteen share `--load` (0.6) of the throughput that clients without pauses
+reached at the start; in every other slice the sixteenth adapter gets twenty times the requests of each of them, so that
+in all there is more to do than the server can. Calm slices and such with the hot adapter alternate, so that a noisy
+machine disturbs both.
 
 `p99_ratio` compares the fifteen's latency in all slices with the hot adapter with that in all calm ones;
 `p99_ratio_of_slices` is the median over pairs of neighbouring slices. `others_ok` and `hot_ok`: shares of the requests

@@ -2,9 +2,9 @@
 
     python -m benchmarks.overload --json
 
-Eight texts a request, so that the device is what is short and not HTTP, for eight adapters. First the throughput of
+Sixteen texts a request, so that the device is what is short and not HTTP, for eight adapters. First the throughput of
 clients without pauses, the peak; then `--seconds` (60) of open loop at `--times` (5) that rate, each request with a
-deadline of `--deadline-ms` (1000); then open loop at half the peak.
+deadline of `--deadline-ms` (2000); then open loop at half the peak.
 
 `goodput_ratio`      requests answered with 200 a second under overload, over the peak.
 `p99_ratio`          of the 200s under overload, from the moment at which a request was due: p99 over the deadline.
@@ -42,7 +42,7 @@ from benchmarks.serving import (
 
 ADAPTERS = 8
 REQUESTS = 64
-TEXTS = 8
+TEXTS = 16
 CLIENTS = 32
 WARM_UP_SECONDS = 4.0
 PEAK_SECONDS = 8.0
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
     parser.add_argument("--seconds", type=float, default=60.0, help="of overload")
     parser.add_argument("--times", type=float, default=5.0, help="the peak")
-    parser.add_argument("--deadline-ms", type=int, default=1000)
+    parser.add_argument("--deadline-ms", type=int, default=2000)
     options = parser.parse_args()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:

@@ -16,6 +16,7 @@ from server.core import Priority, Terms
 from server.engine.scheduler import (
     AGED_SHARE,
     BORROWED,
+    HEADROOM,
     QUANTUM,
     ROOM_SHARE,
     SHRUNK_SECONDS,
@@ -409,10 +410,10 @@ def test_the_throughput_follows_the_batches() -> None:
 @pytest.mark.parametrize(
     ("adapter", "priority", "seconds", "taken"),
     [
-        ("hot", NORMAL, 9.9, False),  # 1000 tokens at 100 a second are before it
-        ("hot", NORMAL, 10.2, True),
-        ("quiet", NORMAL, 0.3, True),  # the others get no more than it does before its turn
-        ("quiet", NORMAL, 0.15, False),
+        ("hot", NORMAL, 10.1 * HEADROOM, False),  # 1000 tokens and a batch, at 100 a second, are before it
+        ("hot", NORMAL, 10.3 * HEADROOM, True),
+        ("quiet", NORMAL, 0.35 * HEADROOM, True),  # the others get no more than it does before its turn
+        ("quiet", NORMAL, 0.25 * HEADROOM, False),
         ("quiet", LOW, 9.9, False),  # comes after all of them
         ("quiet", HIGH, 0.05, True),  # comes before all of them
     ],
@@ -449,6 +450,15 @@ def test_what_is_past_its_deadline_is_taken_out() -> None:
     assert queue.expire() == [later]
     assert batch(queue) == [never]
     assert queue.expire() == []
+
+
+def test_what_would_be_late_is_not_run_either() -> None:
+    clock = Clock()
+    queue = scheduler(clock=clock)
+    queue.ran(10, 1.0)
+    admit(queue, hopeless := Piece(5), deadline=clock.now + 0.9)
+    admit(queue, Piece(5, "b"), deadline=clock.now + 5)
+    assert queue.expire() == [hopeless]
 
 
 def test_what_nobody_waits_for_leaves_at_once() -> None:

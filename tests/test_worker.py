@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from server.adapters.base import AdapterWeights
-from server.core import AdapterRef, Encoding, Terms
+from server.core import AdapterRef, Encoding, Priority, Terms
 from server.engine.quarantine import Quarantine
 from server.engine.runner import Row
 from server.engine.scheduler import Scheduler
@@ -303,6 +303,7 @@ def test_one_request_tries_an_adapter_in_quarantine(worker: Worker, runner: Faul
     with pytest.raises(AdapterQuarantined):
         worker.check([ref(BAD)], 1, Terms())
     fail(worker)  # the one that was let through
+    wait_for(lambda: worker._quarantine._records["bad", "sha256:1"].failures == 3)
     clock.now += 9
     with pytest.raises(AdapterQuarantined):
         worker.check([ref(BAD)], 1, Terms())
@@ -382,11 +383,13 @@ def test_a_cancelled_request_gives_its_place_up(worker: Worker, runner: FaultyRu
 def test_the_throughput_is_measured_while_work_waits(worker: Worker, runner: FaultyRunner) -> None:
     result(worker.submit([row(GOOD)]))
     first = hold(worker, runner)
-    tickets = [worker.submit([row(GOOD, 20)]) for _ in range(2)]
+    tickets = [worker.submit([row(GOOD, 20)], [ref(whose)]) for whose in (GOOD, OTHER)]
+    tickets.append(worker.submit([row(BAD, 20)], terms=Terms(Priority.HIGH)))
     assert worker._scheduler.throughput is None
     runner.gate.set()
-    for ticket in (first, *tickets):
+    for ticket in (first, *tickets[:2]):
         result(ticket)
+    assert failure(tickets[2]) is not None
     wait_for(lambda: series(worker, "adapterd_throughput_tokens")[""] > 0)
     assert worker._scheduler.throughput == series(worker, "adapterd_throughput_tokens")[""]
 

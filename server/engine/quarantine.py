@@ -83,10 +83,10 @@ class Quarantine:
             oldest = next(iter(self._records)) if len(self._records) > MAX_REMEMBERED else None
             quarantined = record.failures >= self._failures
             if quarantined:
-                if record.until is None:
+                newly, record.until = record.until is None, self._clock() + self._pause_seconds
+                if newly:
                     self._metrics.quarantined.labels(ref.name).inc()
                     log.error("quarantined", adapter=ref.name, version=ref.version, reason=record.reason)
-                record.until = self._clock() + self._pause_seconds
         if oldest is not None:
             self._forget([oldest])
         return _refusal(ref, record, self._pause_seconds) if quarantined else None

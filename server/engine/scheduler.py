@@ -42,6 +42,10 @@ AGED_SHARE = 0.25
 ROOM_SHARE = 3
 """How many times the room that is left one adapter may queue. Alone, it fills three quarters of the queue."""
 
+HEADROOM = 1.5
+"""How many times the estimated wait has to fit into what is left until a deadline. The estimate knows what waits now; a
+request that comes later for an adapter with a shorter queue runs before."""
+
 SMOOTHING = 0.1
 """Weight of the newest batch in the estimate of the throughput."""
 
@@ -308,10 +312,10 @@ class Scheduler(Generic[WorkT]):
                 line.remove(waiting)
 
     def expire(self) -> list[WorkT]:
-        """Takes what is past its deadline."""
+        """Takes what is past its deadline, or would be at the end of the next batch: before it costs anything."""
         expired: list[WorkT] = []
-        now = self._clock()
-        while self._deadlines and self._deadlines[0][0] <= now:
+        ready = self._clock() + self._seconds(min(self.budget, sum(self.tokens.values())))
+        while self._deadlines and self._deadlines[0][0] <= ready:
             unit = heapq.heappop(self._deadlines)[-1]
             line = self._rounds[unit.terms.priority]
             if (waiting := line.units.get(unit.number)) is not None:
@@ -350,7 +354,7 @@ class Scheduler(Generic[WorkT]):
         return Batch(filling.work, filling.waits, filling.tokens, backlog=any(self.tokens.values()))
 
     def ran(self, tokens: int, seconds: float) -> None:
-        """A batch that left work waiting took so long."""
+        """A batch took so long, from the end of the one before, both of which left work waiting."""
         if self._throughput is None:
             self._throughput = float(tokens), max(seconds, 1e-9)
         else:
@@ -390,14 +394,16 @@ class Scheduler(Generic[WorkT]):
         return total
 
     def _check_deadline(self, adapter: str, tokens: int, terms: Terms, ahead: int) -> None:
-        if terms.deadline is None or not (throughput := self.throughput):
+        if terms.deadline is None:
             return
         left = terms.deadline - self._clock()
-        if (ahead + tokens) / throughput <= left:
+        fits = left / HEADROOM
+        running = self.budget  # tokens of the batch that runs now; nobody counts them
+        if self._seconds(ahead + tokens + running) <= fits:
             return
         line = self._rounds[terms.priority]
-        seconds = (ahead - line.tokens + line.before(adapter, tokens)) / throughput
-        if seconds > left:
+        seconds = self._seconds(ahead - line.tokens + line.before(adapter, tokens) + running)
+        if seconds > fits:
             raise self._overloaded(
                 f"the answer would take about {seconds:.1f} s, {max(left, 0.0):.1f} s are left until the request's "
                 "deadline",
@@ -407,8 +413,12 @@ class Scheduler(Generic[WorkT]):
 
     def _overloaded(self, message: str, ahead: int, code: str | None = None) -> Overloaded:
         error = Overloaded(message, code=code)
-        error.retry_after = max(1, math.ceil(ahead / throughput)) if (throughput := self.throughput) else 1
+        error.retry_after = max(1, math.ceil(self._seconds(ahead)))
         return error
+
+    def _seconds(self, tokens: float) -> float:
+        """How long they take by the present throughput; nothing, as long as that is not known."""
+        return tokens / throughput if (throughput := self.throughput) else 0.0
 
     def _grow(self, now: float) -> None:
         while self._affordable < self._max_batch_tokens and now >= self._shrunk_until:

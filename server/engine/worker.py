@@ -170,11 +170,16 @@ class Worker:
 
     def _work(self) -> None:
         try:
+            backlog, ended = False, 0.0
             while (batch := self._next_batch()) is not None:
                 self._running = batch.work
                 started = time.perf_counter()
                 self._run(batch.work)
-                self._measure(batch, time.perf_counter() - started)
+                before, ended = ended, time.perf_counter()
+                self._measure(batch, ended - started)
+                if backlog and batch.backlog:  # from end to end: what happens between batches takes time as well
+                    self._measure_throughput(batch.tokens, ended - before)
+                backlog = batch.backlog
                 self._running = []
         except BaseException as error:
             log.critical("the device's thread has died", exc_info=error)
@@ -257,11 +262,12 @@ class Worker:
         metrics.batch_adapters.observe(len({id(queued.row.adapter) for queued in batch.work}))
         for wait in batch.waits:
             metrics.queue_seconds.observe(wait)
-        if batch.backlog:
-            with self._changed:
-                self._scheduler.ran(batch.tokens, seconds)
-            metrics.throughput.set(self._scheduler.throughput or 0.0)
         metrics.batch_budget.set(self._scheduler.budget)
+
+    def _measure_throughput(self, tokens: int, seconds: float) -> None:
+        with self._changed:
+            self._scheduler.ran(tokens, seconds)
+            self._metrics.throughput.set(self._scheduler.throughput or 0.0)
 
     def _measure_queue(self) -> None:
         for priority, tokens in self._scheduler.tokens.items():
