@@ -5,13 +5,15 @@ RUN python -m venv /opt/adapterd
 WORKDIR /src
 COPY pyproject.toml constraints.txt README.md ./
 COPY server ./server
-RUN /opt/adapterd/bin/pip install --no-cache-dir --constraint constraints.txt '.[default-backbone]'
+RUN /opt/adapterd/bin/pip install --no-cache-dir --constraint constraints.txt '.[default-backbone,jwt]'
 
 FROM ${BASE_IMAGE}
 COPY --from=build /opt/adapterd /opt/adapterd
 COPY adapters_store /var/lib/adapterd
 # The store is a volume in any real deployment; uploads into it need the server's user to own it.
 RUN useradd --system --uid 10001 adapterd && chown -R adapterd /var/lib/adapterd
+# It listens to others, so it does not start without keys (ADAPTERD_API_KEYS_FILE or ADAPTERD_API_KEYS), unless
+# ADAPTERD_INSECURE=true says that something in front asks who it is. See docs/security.md.
 ENV PATH=/opt/adapterd/bin:${PATH} \
     ADAPTERD_HOST=0.0.0.0 \
     ADAPTERD_STORE=/var/lib/adapterd \

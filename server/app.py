@@ -10,6 +10,9 @@ from starlette.types import Scope
 
 import server
 from server.api import admin, compat, errors, health, tasks
+from server.api.access.audit import Audit
+from server.api.access.gate import Authenticate, Gate
+from server.api.access.principal import CallersAccess
 from server.api.middleware import LimitBody, Observe
 from server.backbone.backbone import Backbone
 from server.engine.engine import Engine
@@ -21,14 +24,16 @@ from server.store.store import AdapterStore
 def create_app(settings: Settings, *, backbone: Backbone | None = None, store: AdapterStore | None = None) -> FastAPI:
     """The application over the backbone and the store of its settings, unless others are given.
 
-    Raises BackboneError or StoreUnavailable where one of them cannot be had.
+    Raises BackboneError or StoreUnavailable where one of them cannot be had, BadConfiguration where nobody is asked for
+    a key though others than this machine can ask.
     """
+    gate = Gate.load(settings)
     metrics = Metrics()
     store = store or AdapterStore.open(
         settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
     )
     backbone = backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype)
-    engine = Engine(backbone, store, settings, metrics)
+    engine = Engine(backbone, store, settings, metrics, access=CallersAccess())
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,12 +43,16 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
 
     app = FastAPI(title="adapterd", version=server.__version__, lifespan=lifespan)
     app.state.engine = engine
+    app.state.backbone = backbone
     app.state.settings = settings
     app.state.metrics = metrics
+    app.state.asks_for_keys = gate.closed
     for router in (tasks.router, admin.router, health.router, *compat.ROUTERS):
         app.include_router(router)
     errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))
+    app.add_middleware(Authenticate, gate=gate, refuse=errors.answer(compat.SHAPES))
+    app.add_middleware(Audit)
     app.add_middleware(Observe, metrics=metrics)
     app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)  # outermost, so that every line has the id
     return app

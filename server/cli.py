@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from server.client_key import KEY_VARIABLE
 from server.manage.commands import URL_VARIABLE
 from server.manage.commands import app as adapters_app
 from server.training.commands import evaluate_command, train_command
@@ -39,6 +40,41 @@ def convert_command(
     print(f"converted  {source} to {target}: {', '.join(written)}")
 
 
+@app.command("key")
+def key_command(
+    name: Annotated[str, typer.Argument(help="Whose key it is; logs show it.")],
+    scope: Annotated[list[str] | None, typer.Option(help="infer, admin or metrics; several times for several.")] = None,
+    adapters: Annotated[
+        list[str] | None, typer.Option(help="Names that it reaches, like 'team-a-*'; several times for several.")
+    ] = None,
+    requests_per_minute: Annotated[int | None, typer.Option(help="How often it may ask; as often as it likes.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Add it to this file, ADAPTERD_API_KEYS_FILE.")] = None,
+) -> None:
+    """Make an API key. The secret is printed once, and kept nowhere: the server knows its digest only."""
+    from pydantic import ValidationError
+
+    from server.api.access.keys import KeyEntry, Keys, digest_of, new_key
+    from server.errors import AdapterdError
+
+    secret = new_key()
+    given = {"scopes": scope, "adapters": adapters, "requests_per_minute": requests_per_minute}
+    given = {option: value for option, value in given.items() if value is not None}
+    try:
+        entry = KeyEntry.model_validate({"name": name, "sha256": digest_of(secret), **given})
+        if file is not None:
+            Keys.add(file, entry)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        print(f"adapterd: {'.'.join(map(str, first['loc']))}: {first['msg']}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except AdapterdError as error:
+        print(f"adapterd: {error.message}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    print(secret)
+    if file is None:
+        print(entry.model_dump_json(exclude_none=True))
+
+
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
@@ -47,6 +83,13 @@ def serve(
     store: Annotated[str | None, typer.Option(help="A folder, file:///... or memory://.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.")] = None,
     dtype: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    api_keys_file: Annotated[Path | None, typer.Option(help="The keys that it takes: see adapterd key.")] = None,
+    insecure: Annotated[
+        bool | None, typer.Option("--insecure", help="Listen on any address though nobody is asked for a key.")
+    ] = None,
+    ssl_certfile: Annotated[Path | None, typer.Option(help="Certificate chain, PEM: speak HTTPS.")] = None,
+    ssl_keyfile: Annotated[Path | None, typer.Option(help="Its private key, PEM.")] = None,
+    ssl_ca_certs: Annotated[Path | None, typer.Option(help="PEM; ask clients for a certificate of these.")] = None,
 ) -> None:
     """Serve adapters over HTTP. Every other option is an environment variable: see docs/settings.md."""
     from pydantic import ValidationError
@@ -60,15 +103,21 @@ def serve(
         "store": store,
         "device": device,
         "dtype": dtype,
+        "api_keys_file": None if api_keys_file is None else str(api_keys_file),
+        "insecure": insecure,
+        "ssl_certfile": None if ssl_certfile is None else str(ssl_certfile),
+        "ssl_keyfile": None if ssl_keyfile is None else str(ssl_keyfile),
+        "ssl_ca_certs": None if ssl_ca_certs is None else str(ssl_ca_certs),
     }
     try:
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
     except ValidationError as error:
         for wrong in error.errors():
             field = ".".join(map(str, wrong["loc"]))
-            print(f"adapterd: {field} (ADAPTERD_{field.upper()}): {wrong['msg']}", file=sys.stderr)
+            where = f"{field} (ADAPTERD_{field.upper()}): " if field else ""
+            print(f"adapterd: {where}{wrong['msg'].removeprefix('Value error, ')}", file=sys.stderr)
         raise typer.Exit(2) from None
-    known = {URL_VARIABLE, *(f"ADAPTERD_{field.upper()}" for field in Settings.model_fields)}
+    known = {URL_VARIABLE, KEY_VARIABLE, *(f"ADAPTERD_{field.upper()}" for field in Settings.model_fields)}
     if unknown := sorted(name for name in os.environ if name.startswith("ADAPTERD_") and name not in known):
         print(f"adapterd: {unknown[0]} is not a setting; see docs/settings.md", file=sys.stderr)
         raise typer.Exit(2)

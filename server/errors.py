@@ -3,6 +3,9 @@
 AdapterdError
 ├── InvalidRequest          422  a field of the request
 ├── InvalidAdapter          422  a file, tensor or field of an uploaded adapter
+├── Unauthorized            401  no key, or none that is known
+├── Forbidden               403  the key may not do this
+├── RateLimited             429  the key asks too often; carries Retry-After
 ├── UnknownAdapter          404
 ├── UnknownVersion          404
 ├── WrongTask               409  an adapter of another task than the route's
@@ -12,6 +15,7 @@ AdapterdError
 ├── Overloaded              429  the queue is full, or too long for the request's deadline; carries Retry-After
 ├── ClientGone              499  the client hung up; nobody reads this
 ├── StoreUnavailable        503  the store failed; carries Retry-After
+├── IssuerUnavailable       503  a token cannot be checked now; carries Retry-After
 ├── MemoryFull              503  all adapters in memory are in use; carries Retry-After
 ├── OverBudget              507  an adapter is larger than the memory for adapters
 ├── ShuttingDown            503  carries Retry-After
@@ -21,6 +25,7 @@ AdapterdError
 ├── CorruptVersion          500  a stored version that is not what its name says
 ├── NotFiniteOutput         500  an adapter overflowed on this text
 ├── UnservableAdapter       500  a stored version that was made for another backbone
+├── BadConfiguration        500  keys or settings that make no sense; ends the start
 └── BackboneError           500  the backbone cannot be loaded or served
 """
 
@@ -56,6 +61,31 @@ class InvalidAdapter(AdapterdError):
     status = 422
     type = "invalid_adapter_error"
     code = "invalid_adapter"
+
+
+class Unauthorized(AdapterdError):
+    """Nobody that the server knows."""
+
+    status = 401
+    type = "authentication_error"
+    code = "unauthorized"
+
+
+class Forbidden(AdapterdError):
+    """Somebody who may not do this."""
+
+    status = 403
+    type = "permission_error"
+    code = "forbidden"
+
+
+class RateLimited(AdapterdError):
+    """Somebody who asks more often than agreed."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limited"
+    retry_after = 1
 
 
 class UnknownAdapter(AdapterdError):
@@ -132,6 +162,15 @@ class StoreUnavailable(AdapterdError):
     retry_after = 2
 
 
+class IssuerUnavailable(AdapterdError):
+    """The keys of the tokens' issuer cannot be had, so that nobody can tell whether a token is good."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "issuer_unavailable"
+    retry_after = 15
+
+
 class MemoryFull(AdapterdError):
     """An adapter has to wait for others that are in use."""
 
@@ -197,6 +236,12 @@ class UnservableAdapter(AdapterdError):
     """A stored adapter does not fit this server's backbone."""
 
     code = "unservable_adapter"
+
+
+class BadConfiguration(AdapterdError):
+    """Keys or settings that make no sense."""
+
+    code = "bad_configuration"
 
 
 class BackboneError(AdapterdError):

@@ -9,6 +9,9 @@ import structlog
 from asgi_correlation_id import correlation_id
 from structlog.typing import EventDict, WrappedLogger
 
+AUDIT = "adapterd.audit"
+"""The logger that tells who did what to the adapters. Its lines come out whatever the level."""
+
 
 def _request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     if (request_id := correlation_id.get()) is not None:
@@ -48,6 +51,7 @@ def configure(level: str, style: str) -> None:
     root.setLevel(level.upper())
     for name, quiet in (("uvicorn.access", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(quiet)  # our own access line has the route, the time and the request id
+    logging.getLogger(AUDIT).setLevel(logging.INFO)
     for name in ("uvicorn", "uvicorn.error", "transformers", "huggingface_hub"):
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import socket
+import ssl
 import sys
 
 import uvicorn
@@ -14,7 +15,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from server import logs
 from server.app import create_app
+from server.blocks import BLOCKS
 from server.engine.engine import Engine
+from server.engine.warmup import WarmUp
 from server.errors import AdapterdError
 from server.settings import Settings
 from server.tasks import TASKS
@@ -26,6 +29,13 @@ TRIM_SECONDS = 5.0
 
 LAST_ANSWERS_SECONDS = 1.0
 """How long the requests that are cut off in the end may take to be answered with 503."""
+
+ARENAS = 2
+"""Of glibc's malloc, whose threads take turns on them. It gives eight to each core, and each keeps holes of its own;
+but Python's threads allocate little at the same time."""
+
+M_ARENA_MAX = -8
+"""mallopt's name for their number, from malloc.h."""
 
 
 class _Server(uvicorn.Server):
@@ -41,7 +51,9 @@ class _Server(uvicorn.Server):
         if self.started:
             host, port = self.servers[0].sockets[0].getsockname()[:2]
             assert isinstance(self.config.app, FastAPI)
-            print(await _greeting(self.config.app.state.engine, f"http://{host}:{port}"), flush=True)
+            self._warm_up = WarmUp(self.config.app.state.backbone)
+            url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
+            print(await _greeting(self.config.app, url), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
@@ -56,6 +68,7 @@ class _Server(uvicorn.Server):
         cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
         await super().shutdown(sockets)
         cutting.cancel()
+        await asyncio.to_thread(self._warm_up.stop)
 
 
 async def _give_back_memory() -> None:
@@ -64,11 +77,19 @@ async def _give_back_memory() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     while trim is not None:
         await asyncio.sleep(TRIM_SECONDS)
+        BLOCKS.drop()
         await asyncio.to_thread(trim, 0)
+
+
+def _limit_arenas() -> None:
+    """Before there are threads; where there is no glibc, nothing."""
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(M_ARENA_MAX, ARENAS)
 
 
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
+    _limit_arenas()
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:
@@ -76,23 +97,36 @@ def run(settings: Settings) -> int:
     except AdapterdError as error:
         print(f"adapterd: {error.message}", file=sys.stderr)
         return 1
-    server = _Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_config=None,
-            access_log=False,
-            # In shutdown() above, requests are told to end before uvicorn cuts their connections.
-            timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS),
-        )
+    password = settings.ssl_keyfile_password
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        ssl_certfile=settings.ssl_certfile,
+        ssl_keyfile=settings.ssl_keyfile,
+        ssl_keyfile_password=password.get_secret_value() if password else None,
+        ssl_ca_certs=settings.ssl_ca_certs,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
+        log_config=None,
+        access_log=False,
+        # In shutdown() above, requests are told to end before uvicorn cuts their connections.
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS),
     )
+    try:
+        config.load()
+    except OSError as error:  # a file that is not there, or not what it should be
+        reason = error.strerror or str(error)
+        print(f"adapterd: ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used: {reason}", file=sys.stderr)
+        return 1
+    server = _Server(config)
     server.run()
     return 0 if server.started else 1
 
 
-async def _greeting(engine: Engine, url: str) -> str:
+async def _greeting(app: FastAPI, url: str) -> str:
     """The address, and a curl line that works if the store has anything to try."""
+    engine: Engine = app.state.engine
+    key = ' -H "authorization: Bearer $ADAPTERD_API_KEY"' if app.state.asks_for_keys else ""
     spec = engine.spec
     lines = [
         "",
@@ -100,7 +134,7 @@ async def _greeting(engine: Engine, url: str) -> str:
         f"API documentation: {url}/docs",
     ]
     try:
-        example = await asyncio.wait_for(_example(engine, url), GREETING_SECONDS)
+        example = await asyncio.wait_for(_example(engine, url, key), GREETING_SECONDS)
     except AdapterdError as error:
         lines.append(f"The store cannot be read at the moment: {error.message}")
     except TimeoutError:
@@ -110,7 +144,7 @@ async def _greeting(engine: Engine, url: str) -> str:
     return "\n".join([*lines, ""])
 
 
-async def _example(engine: Engine, url: str) -> list[str]:
+async def _example(engine: Engine, url: str, key: str) -> list[str]:
     """A request to the first adapter, as its task takes it."""
     adapters = (await engine.page(limit=1)).adapters
     if not adapters:
@@ -121,4 +155,4 @@ async def _example(engine: Engine, url: str) -> list[str]:
     if task is None:  # made by a later adapterd
         return []
     body = json.dumps({"adapter": name, "inputs": task.route.item(task.sample("What a lovely day in Paris"))})
-    return ["Try it:", f"  curl -s {url}{task.route.path} -H 'content-type: application/json' -d '{body}'"]
+    return ["Try it:", f"  curl -s {url}{task.route.path}{key} -H 'content-type: application/json' -d '{body}'"]

@@ -8,7 +8,7 @@ import json
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -168,8 +168,40 @@ class Settings(BaseSettings):
     tokenizer_threads: int = Field(
         2, ge=1, description="Threads that tokenize, away from the event loop and from the device's thread."
     )
+    api_keys_file: str | None = Field(
+        None,
+        description="JSON list of API keys, as `adapterd key` makes it: name, SHA-256 of the secret, scopes, patterns "
+        "of adapter names, requests per minute. With any key or a JWT issuer, every route but the probes takes one.",
+    )
+    api_keys: SecretStr | None = Field(None, description="The same list itself, for where there are no files.")
+    insecure: bool = Field(
+        False, description="Listen on other addresses than the loopback's though anybody may do anything."
+    )
+    ssl_certfile: str | None = Field(
+        None, description="Certificate chain, PEM; with it the server speaks HTTPS and nothing else."
+    )
+    ssl_keyfile: str | None = Field(None, description="The certificate's private key, where it is not in the chain.")
+    ssl_keyfile_password: SecretStr | None = Field(None, description="Of the private key, where it is encrypted.")
+    ssl_ca_certs: str | None = Field(
+        None, description="Certificates, PEM, one of which has to have signed each client's: mutual TLS."
+    )
+    jwt_issuer: str | None = Field(
+        None, description="OpenID Connect issuer whose tokens are taken beside keys; needs the extra `jwt`."
+    )
+    jwt_audience: str | None = Field(None, description="The audience that tokens have to be for.")
+    jwt_jwks_url: str | None = Field(
+        None, description="Where the issuer's keys are; `/.well-known/jwks.json` below the issuer by default."
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: LogFormat = Field("auto", description="`auto` is `console` on a terminal, else `json`.")
+
+    @model_validator(mode="after")
+    def _check_ssl(self) -> "Settings":
+        if self.ssl_certfile is None:
+            for name in ("ssl_keyfile", "ssl_keyfile_password", "ssl_ca_certs"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"ADAPTERD_{name.upper()} does nothing without ADAPTERD_SSL_CERTFILE")
+        return self
 
     def weight(self, adapter: str) -> float:
         """An adapter's share of the device."""

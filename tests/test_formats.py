@@ -35,9 +35,9 @@ from torch import Tensor
 
 from server.backbone.backbone import Backbone
 from server.errors import AdapterdError, CorruptVersion, InvalidAdapter, TooLarge
-from server.store.artifact import Artifact, Manifest, read_tensors
+from server.store.artifact import MAX_HEADER_BYTES, Artifact, Manifest, read_tensors
 from server.store.formats import read_checkpoint
-from server.store.formats.files import MAX_FILES, gather
+from server.store.formats.files import MAX_FILES, MAX_MEMBERS, gather
 from server.store.formats.peft import TYPES
 from server.tasks.adapter import Blueprint
 
@@ -1025,6 +1025,34 @@ def test_a_zip_bomb_is_not_unpacked() -> None:
     bomb = zipped({"x": bytes(32 * LIMIT)})
     assert len(bomb) < LIMIT / 16
     assert peak_memory(lambda: too_large([("a.zip", bomb)], LIMIT)) < 8 * LIMIT
+
+
+def test_a_zip_of_a_million_members_is_not_listed() -> None:
+    entry = zipped({"a/": b""})
+    start = entry.index(b"PK\1\2")
+    directory = entry[start : entry.index(b"PK\5\6")] * 1_000_000
+    count = (0xFFFF).to_bytes(2, "little")  # more do not fit; zipfile goes by the size
+    sizes = len(directory).to_bytes(4, "little") + start.to_bytes(4, "little")
+    data = entry[:start] + directory + b"PK\5\6" + bytes(4) + count + count + sizes + bytes(2)
+    assert peak_memory(lambda: refused(lambda: gather([("a.zip", data)], 1 << 30), "files", "bad_file")) < 1_000_000
+
+
+def test_a_tar_of_many_folders_is_not_listed() -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+        member = tarfile.TarInfo("a")
+        member.type = tarfile.DIRTYPE
+        for _ in range(MAX_MEMBERS + 1):
+            archive.addfile(member)
+    refused(lambda: gather([("a.tgz", buffer.getvalue())], 1 << 30), "files", "bad_file")
+
+
+def test_a_header_of_many_megabytes_is_not_parsed() -> None:
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    data = safetensors_file({f"{index:0100}": empty for index in range(110_000)})
+    assert len(data) > MAX_HEADER_BYTES
+    message = refused(lambda: read_tensors("x.safetensors", data), "x.safetensors", "bad_file")
+    assert "header" in message
 
 
 @pytest.mark.parametrize("compression", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])

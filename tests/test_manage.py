@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import uvicorn
 from click.testing import Result
@@ -213,6 +214,20 @@ def test_push_takes_files_archives_and_a_file_of_labels(ways: Ways, checkpoint: 
     first = ways.json("push", "loose", *files, "--labels-file", str(labels))
     assert first["labels"] == ["ant", "bee, and others", "żuk"]
     assert ways.json("push", "packed", str(archive), "--labels-file", str(labels))["version"] == first["version"]
+
+
+def test_push_brings_the_configurations_of_a_folders_modules(ways: Ways, checkpoint: Callable[..., Path]) -> None:
+    """As sentence-transformers lays them out; what else lies deeper is no part of the checkpoint."""
+    folder = checkpoint(task_type="FEATURE_EXTRACTION", modules_to_save=None)
+    head = safetensors.torch.load_file(folder / "adapter_model.safetensors")
+    body = {name.replace(".bert.", "."): tensor for name, tensor in head.items() if ".lora_" in name}
+    safetensors.torch.save_file(body, folder / "adapter_model.safetensors")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "optimizer.bin").write_bytes(b"much")
+    assert ways.json("push", "vectors", str(folder))["task"] == "embedding"
+    assert ways.json("show", "vectors")["adapter"]["manifest"]["head"]["pooling"] == "cls"
 
 
 def test_push_only_stores_or_compares_first(ways: Ways, checkpoint: Callable[..., Path], tmp_path: Path) -> None:
@@ -656,12 +671,12 @@ def test_an_upload_tells_how_far_it_is(ways: Ways, checkpoint: Callable[..., Pat
 
     folder = checkpoint()
     remote = Remote(ways.http.target[1], timeout_seconds=60, watch_upload=watch)
-    files = sorted(file for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
+    files = sorted((file.name, file) for file in folder.iterdir() if file.is_file() and file.name[0] != ".")
     answer = remote.push("mood", Push(files=files, labels=LABELS.split(",")))
     assert verify_one(remote, "mood", answer.version).error is None
     remote.close()
     assert totals == [sum(portions)]
-    assert sum(portions) > sum(file.stat().st_size for file in files)
+    assert sum(portions) > sum(file.stat().st_size for _, file in files)
     assert len(portions) > len(files)
 
 

@@ -214,6 +214,11 @@ def test_a_piece_that_is_cut_off_is_named(minilm: Backbone) -> None:
     with pytest.raises(InvalidRequest, match="cut off") as caught:
         minilm.tokenizer.encode([TextInput(text, spans=((0, 4), (4000, 4004)))], truncate=True)
     assert caught.value.param == "inputs.0.spans.1"
+    left = len("word ") * (minilm.tokenizer.max_tokens - 2)
+    with pytest.raises(InvalidRequest, match="cut off"):  # half of it is there
+        minilm.tokenizer.encode([TextInput(text, spans=((0, 4), (left - 5, left + 4)))], truncate=True)
+    minilm.tokenizer.encode([TextInput(text, spans=((0, 4), (left - 5, left - 1)))], truncate=True)
+    minilm.tokenizer.encode([TextInput("a word ", spans=((0, 1), (2, 7)))], truncate=True)
     assert not TASK.windowable
     assert all(TASKS[name].windowable for name in ("classification", "embedding"))
 

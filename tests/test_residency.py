@@ -21,7 +21,7 @@ FILE_BYTES = 150
 
 
 def adapter(nbytes: int = NBYTES) -> TaskAdapter:
-    return TaskAdapter(AdapterWeights(()), None, None, ("a", "b"), nbytes)
+    return TaskAdapter(AdapterWeights(()), None, None, None, ("a", "b"), nbytes)
 
 
 class Source:

@@ -124,6 +124,21 @@ def test_the_demo_adapters_answer_sensibly(server: Served, adapter: str, text: s
     assert server.classify(adapter, text).json()["predictions"][0][0]["label"] == label
 
 
+def test_intensity_tells_how_good_or_bad(server: Served) -> None:
+    texts = ["I love this so much, best day ever!!!", "The train leaves at nine.", "This is horrible, I hate it."]
+    good, neutral, bad = (row[0]["score"] for row in server.classify("intensity", texts).json()["predictions"])
+    assert good > 1.5
+    assert abs(neutral) < 1
+    assert bad < -1
+
+
+def test_entities_are_found_where_they_are(server: Served) -> None:
+    text = "Lady Gaga will be in New York tomorrow"
+    answer = httpx.post(f"{server.url}/tag", json={"adapter": "entities", "inputs": text}, timeout=30).json()
+    [entities] = answer["predictions"]
+    assert [(one["label"], one["start"], one["end"]) for one in entities] == [("person", 0, 9), ("geo-loc", 21, 29)]
+
+
 def test_evaluate_measures_a_served_adapter(server: Served, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in SENTIMENT))

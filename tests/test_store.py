@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from helpers import Sync
 from hypothesis import assume, given, settings
@@ -39,9 +40,17 @@ from obstore.exceptions import (
 from obstore.store import GCSStore, MemoryStore, S3Store
 from pydantic import ValidationError
 
-from server.errors import Conflict, CorruptVersion, InvalidRequest, StoreUnavailable, UnknownAdapter, UnknownVersion
+from server.errors import (
+    Conflict,
+    CorruptVersion,
+    InvalidAdapter,
+    InvalidRequest,
+    StoreUnavailable,
+    UnknownAdapter,
+    UnknownVersion,
+)
 from server.store import objects as objects_module
-from server.store.artifact import Artifact, Golden, Manifest, TrainedOn
+from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, read_tensors
 from server.store.gc import Removed, collect
 from server.store.objects import ATTEMPTS, Objects
 from server.store.releases import DELETED, MAX_SERVING, MAX_SHADOWS, SHARES_TOLERANCE, Plan, Release, choose
@@ -553,6 +562,7 @@ def test_whatever_the_object_store_raises(
 
     for name in SERVER_CALLS:
         monkeypatch.setattr(objects_module.obstore, name, fail)
+    monkeypatch.setattr(objects_module._Folder, "call", fail)
     with pytest.raises(StoreUnavailable, match=r"^the adapter store failed$") as caught:
         call(files)
     assert caught.value.__cause__ is error
@@ -1474,12 +1484,12 @@ def missing(*_: Any, **__: Any) -> Any:
 
 
 @pytest.mark.parametrize("call", ["put_version", "pin", *LISTINGS])
-def test_a_bucket_that_is_not_there(call: str, files: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_that_is_not_there(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its server answers every call with 404, which obstore gives as FileNotFoundError."""
     for name in SERVER_CALLS:
         monkeypatch.setattr(objects_module.obstore, name, missing)
     with pytest.raises(StoreUnavailable):
-        CALLS[call](files)
+        CALLS[call](Sync(AdapterStore.open("memory://")))
 
 
 def test_a_version_that_is_collected_while_it_is_read(store: Sync) -> None:
@@ -1507,9 +1517,61 @@ def test_a_version_half_of_which_cannot_be_read_is_not_said_to_be_damaged(
             raise PermissionError("no")
         return await original(objects, key, **options)
 
+    def of_a_folder(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+        def call(folder: Any, key: str) -> Any:
+            if key.endswith(half):
+                raise PermissionError("no")
+            return original(folder, key)
+
+        return call
+
     monkeypatch.setattr(objects_module.obstore, "get_async", get)
+    for name in ("read", "size"):
+        monkeypatch.setattr(objects_module._Folder, name, of_a_folder(getattr(objects_module._Folder, name)))
     with pytest.raises(StoreUnavailable):
         store.get_version("a", MISSING)
+
+
+FOLDER_READS: dict[str, Callable[[Objects], Awaitable[object]]] = {
+    "get": lambda objects: objects.get("folder/there"),
+    "choose": lambda objects: objects.choose("folder", min),
+    "get_and_open": lambda objects: objects.get_and_open("folder/there", "folder/there"),
+}
+
+
+@pytest.mark.parametrize("call", FOLDER_READS.values(), ids=FOLDER_READS)
+def test_a_folder_that_hangs_is_asked_again(
+    call: Callable[[Objects], Awaitable[object]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "there").write_bytes(b"old")
+    original, plan = objects_module._Folder.call, [fails(TimeoutError()), fails(OSError("stale file handle"))]
+
+    async def faked(folder: Any, function: Callable[[], Any], size: int = 0) -> Any:
+        return await (plan.pop(0)(function) if plan else original(folder, function, size))
+
+    monkeypatch.setattr(objects_module._Folder, "call", faked)
+    assert asyncio.run(call(Objects.open(str(tmp_path))))
+    assert not plan
+    plan += [hangs] * ATTEMPTS
+    with pytest.raises(StoreUnavailable):
+        asyncio.run(call(Objects.open(str(tmp_path), timeout_seconds=0.001)))
+    assert not plan
+
+
+def test_the_object_that_is_chosen(store: Sync) -> None:
+    objects = store.store._objects
+
+    async def calls() -> None:
+        for key in ("folder/1", "folder/2", "folders/3"):
+            await objects.put(key, key.encode())
+        assert await objects.choose("folder", max) == ("2", b"folder/2")
+        assert await objects.choose("folder", lambda names: None) is None
+        assert await objects.choose("nothing", lambda names: max(names, default=None)) is None
+        with pytest.raises(FileNotFoundError):
+            await objects.choose("folder", lambda names: "gone")
+
+    asyncio.run(calls())
 
 
 # ------------------------------------------------------------------------------------------------------- collection
@@ -1872,3 +1934,29 @@ def test_what_is_uploaded_again_while_garbage_is_collected_stays(memory_store: S
 
     assert asyncio.run(again()) == []
     assert memory_store.get_version("a", version).version == version
+
+
+# ------------------------------------------------------------------------------------------------- tensors in memory
+
+
+def layouts() -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors of a file that is read where it lies, and of some that are not."""
+    return {
+        "one format": {"b": torch.arange(6.0).view(2, 3), "a": torch.tensor([7.0])},
+        "two formats": {"b": torch.arange(6.0), "a": torch.arange(3, dtype=torch.bfloat16)},
+        "an empty one": {"b": torch.arange(6.0), "a": torch.empty(0, 4)},
+    }
+
+
+@pytest.mark.parametrize("tensors", layouts().values(), ids=layouts())
+def test_tensors_in_memory_are_those_of_the_file(tensors: dict[str, torch.Tensor]) -> None:
+    data = safetensors.torch.save(tensors)
+    for _ in range(2):  # the second time, the header is known
+        read = read_tensors("file", memoryview(bytearray(data)))
+        assert read.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            assert read[name].dtype == tensor.dtype
+            assert torch.equal(read[name], tensor)
+    for damaged in (data[:-1], data + b"x", data[:7], b"", b"\xff" * 100):
+        with pytest.raises(InvalidAdapter, match="not a whole safetensors file"):
+            read_tensors("file", memoryview(bytearray(damaged)))

@@ -259,6 +259,15 @@ def test_agreement_is_about_what_the_answer_says() -> None:
     (one,), (same,), (other,) = (decode(REGRESSION, torch.tensor([[row]]), ["x"]) for row in (2.0, 2.1, 2.5))
     assert REGRESSION.agrees(one, same)
     assert not REGRESSION.agrees(one, other)
+    (two,) = decode(REGRESSION, torch.tensor([[2.0, 2.0]]), ["x", "y"])
+    assert not REGRESSION.agrees(one, two)
+    assert not REGRESSION.agrees(two, one)
+
+
+def test_rows_of_one_number_measure_adapters_of_one_number() -> None:
+    REGRESSION.check_measurable(["x"])
+    with pytest.raises(InvalidRequest, match="the adapter gives 2"):
+        REGRESSION.check_measurable(["x", "y"])
 
 
 def test_the_loss_of_many_labels_is_that_of_each() -> None:

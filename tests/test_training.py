@@ -348,14 +348,25 @@ class TestTasks:
         with pytest.raises(InvalidAdapter, match="task 'taging' is not supported; supported: classification"):
             train(TrainOptions(**options, task="taging"))
 
-    def test_what_is_cut_off_is_named(self, options: dict[str, Any], tmp_path: Path) -> None:
-        data = tmp_path / "rows.jsonl"
-        data.write_text(json.dumps({"text": "the " * 40 + "film", "spans": [[0, 3], [160, 164]], "label": "a"}) + "\n")
-        data.write_text(data.read_text() + data.read_text().replace('"a"', '"b"'))
+    @pytest.mark.parametrize("file", ["data", "eval"])
+    def test_what_is_cut_off_is_named_before_training(
+        self, options: dict[str, Any], tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        rows = write_toy(tmp_path / "rows.jsonl", "relation_extraction", 16, seed=1)
+        cut = tmp_path / "cut.jsonl"
+        row = {"text": "the " * 40 + "film", "spans": [[0, 3], [160, 164]], "label": "positive"}
+        cut.write_text(rows.read_text() + json.dumps(row) + "\n")
+        options |= {"data": rows, "eval": rows, "task": "relation_extraction"} | {file: cut}
+        monkeypatch.setattr(trainer, "outputs", lambda *_: pytest.fail("it was trained"))
         with pytest.raises(
-            InvalidRequest, match=r"rows\.jsonl: inputs\.0\.spans\.1: characters 160 to 164 hold no token"
+            InvalidRequest, match=r"cut\.jsonl: inputs\.16\.spans\.1: characters 160 to 164 hold no token"
         ):
-            train(TrainOptions(**options | {"task": "relation_extraction", "data": data, "eval": None}))
+            train(TrainOptions(**options))
+
+    def test_nothing_to_train_is_said(self, options: dict[str, Any], tmp_path: Path) -> None:
+        data = write_toy(tmp_path / "rows.jsonl", "embedding", 8, seed=1)
+        with pytest.raises(InvalidRequest, match="head_only has nothing to train for embedding"):
+            train(TrainOptions(**options | {"data": data, "eval": None, "task": "embedding", "method": "head_only"}))
 
     @pytest.mark.parametrize("method", ["prompt_tuning", "prefix_tuning"])
     def test_virtual_tokens_leave_texts_less_room(self, options: dict[str, Any], tmp_path: Path, method: str) -> None:

@@ -5,9 +5,11 @@ own contiguous slice of the token axis; `plan.py` runs many of them in one batch
 """
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
 
 import torch
@@ -15,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from server.adapters.flow import Flow, Gate
+from server.blocks import BLOCKS
 from server.core import BackboneSpec, Reach, Site, SiteSpec
 from server.errors import InvalidAdapter
 
@@ -176,7 +179,13 @@ class Part:
 
     method: Method
     config: MethodConfig
+    form: str = field(init=False, compare=False)
+    """A digest of method and hyperparameters."""
     _layouts: dict[int, tuple[BackboneSpec, Layout]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        whole = f"{self.method.name} {self.config.model_dump_json()}"
+        object.__setattr__(self, "form", hashlib.sha256(whole.encode()).hexdigest())
 
     def layout(self, spec: BackboneSpec) -> Layout:
         """Computed once: adapters that were made alike share a part. Raises InvalidAdapter where it does not fit."""
@@ -217,7 +226,8 @@ class Part:
     def bind(self, tensors: Mapping[str, Tensor], host: Host) -> "BoundPart":
         """Prepares its tensors at all its sites. They must have passed `check_tensors`."""
         method, config, layout = self.method, self.config, self.layout(host.spec)
-        shared = method.share(config, {param: tensors[name] for param, name in layout.shared.items()}, host)
+        # Copied, so that what a site has of them may stay a view: it is the same at all of them.
+        shared = method.share(config, {param: tensors[name].clone() for param, name in layout.shared.items()}, host)
         sites = {}
         for site, names in layout.sites.items():
             params = {param: tensors[name] for param, name in names.items()}
@@ -236,50 +246,109 @@ def memory(bound: Any) -> int:
             tensors += 1
             storage = value.untyped_storage()
             storages[id(storage) if value.is_meta else storage.data_ptr()] = storage.nbytes()
-        elif isinstance(value, Mapping):
-            waiting.extend(value.values())
-        elif isinstance(value, list | tuple):
-            waiting.extend(value)
+        else:
+            waiting.extend(_inside(value))
     return sum(storages.values()) + TENSOR_BYTES * tensors
 
 
-def compacted(bound: T) -> T:
+def compacted(bound: T, given: Iterable[Tensor] = ()) -> T:
     """The same bound weights in one piece of memory, which goes back in one piece.
 
     In pieces of a few kilobytes, weights that come and go leave holes that cost a quarter of their memory. Parameters
-    of the backbone and views stay where they are: others may have the rest of them.
+    of the backbone and views stay where they are: others may have the rest of them; but not views of what was `given`,
+    which nobody else keeps.
     """
+    passing = {tensor.untyped_storage().data_ptr() for tensor in given}
     own: dict[int, Tensor] = {}
     waiting: list[Any] = [bound]
     while waiting:
         value = waiting.pop()
         if isinstance(value, Tensor):
-            if value.is_contiguous() and not value._is_view() and not isinstance(value, nn.Parameter):
+            leaves = not value._is_view() or value.untyped_storage().data_ptr() in passing
+            if leaves and value.is_contiguous() and value.numel() and not isinstance(value, nn.Parameter):
                 own[id(value)] = value
-        elif isinstance(value, Mapping):
-            waiting.extend(value.values())
-        elif isinstance(value, list | tuple):
-            waiting.extend(value)
+        else:
+            waiting.extend(_inside(value))
     if not own:
         return bound
-    sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in own.values()]
-    piece = torch.empty(sum(sizes), dtype=torch.uint8, device=next(iter(own.values())).device)
-    moved: dict[int, Tensor] = {}
-    for place, (key, value) in zip(torch.split(piece, sizes), own.items(), strict=True):
-        moved[key] = place[: value.nbytes].view(value.dtype).view(value.shape).copy_(value)
-    return cast(T, _replaced(bound, moved))
+    values = list(own.values())
+    copies = in_one_piece(values, [value.dtype for value in values], values[0].device)
+    return cast(T, _replaced(bound, dict(zip(own, copies, strict=True))))
+
+
+@torch.inference_mode()
+def in_one_piece(values: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Tensor]:
+    """Copies in given number formats, in one piece of memory. None of the values may be empty.
+
+    They are inference tensors: what autograd notes of a view takes as much memory as the tensor itself.
+    """
+    if not values:
+        return []
+    layout = _layout(tuple((dtype, value.shape) for dtype, value in zip(dtypes, values, strict=True)))
+    piece = _piece(layout[-1].end, device)
+    copies: list[Tensor] = [piece] * len(values)
+    for run in layout:
+        cut = torch._C._nn.unflatten_dense_tensors(piece[run.start : run.end].view(run.dtype), run.like)
+        for index, place in zip(run.indices, cut, strict=True):
+            if index is not None:
+                copies[index] = place
+    torch._foreach_copy_(copies, list(values))
+    return copies
+
+
+class _Numbers(NamedTuple):
+    """The part of a piece of memory that holds one number format."""
+
+    dtype: torch.dtype
+    start: int  # bytes
+    end: int
+    indices: list[int | None]
+    """Which value each of `like` is; None for what keeps the next one aligned."""
+    like: list[Tensor]
+    """Shapes, as tensors without numbers."""
+
+
+@lru_cache(maxsize=256)
+def _layout(values: tuple[tuple[torch.dtype, Shape], ...]) -> list[_Numbers]:
+    """How values of these formats and shapes lie in one piece: adapters of a family lie alike."""
+    layout: list[_Numbers] = []
+    start = 0
+    for format in dict.fromkeys(dtype for dtype, _ in values):
+        indices: list[int | None] = []
+        like: list[Tensor] = []
+        for index, (dtype, shape) in enumerate(values):
+            if dtype == format:
+                indices.append(index)
+                like.append(torch.empty(shape, device="meta"))
+                if unused := -math.prod(shape) % (ALIGNMENT // dtype.itemsize):
+                    indices.append(None)
+                    like.append(torch.empty(unused, device="meta"))
+        end = start + format.itemsize * sum(one.numel() for one in like)
+        layout.append(_Numbers(format, start, end, indices, like))
+        start = end
+    return layout
+
+
+def _piece(nbytes: int, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return torch.frombuffer(BLOCKS.take(nbytes), dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    """What weights are made of: mappings, tuples (named ones too) and lists."""
+    if isinstance(value, tuple | list):
+        return value
+    return value.values() if isinstance(value, dict) else ()
 
 
 def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
     if isinstance(value, Tensor):
         return moved.get(id(value), value)
-    if isinstance(value, Mapping):
-        return {key: _replaced(one, moved) for key, one in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replaced(one, moved) for one in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_replaced(one, moved) for one in value)
-    return value
+    if isinstance(value, tuple | list):
+        inside = [_replaced(one, moved) for one in value]
+        return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
+    return {key: _replaced(one, moved) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def tensor_name(site: Site, param: str) -> str:
@@ -303,8 +372,6 @@ class AdapterWeights:
     parts: tuple[BoundPart, ...]
     alone: bool = False
     """Has the forward to itself: it acts at a site that all rows share."""
-    nbytes: int = 0
-    """Memory of what has been bound: more than the stored tensors, where those are multiplied out."""
     form: str = ""
     """Method, and a digest of all methods and hyperparameters. Adapters of the same form, side by side, are computed
     together best; batches are sorted by it, so it is short."""
@@ -314,10 +381,8 @@ class AdapterWeights:
         """Binds all parts of an adapter to checked tensors."""
         bound = tuple(part.bind(tensors, host) for part in parts)
         shared = any(host.spec.sites[site].reach is Reach.SHARED for part in bound for site in part.sites)
-        size = memory([part.sites for part in bound])
-        whole = "\n".join(f"{part.method.name} {part.config.model_dump_json()}" for part in parts)
-        form = f"{parts[0].method.name} {hashlib.sha256(whole.encode()).hexdigest()}"
-        return cls(bound, shared, size, form)
+        form = f"{parts[0].method.name} {hashlib.sha256(''.join(part.form for part in parts).encode()).hexdigest()}"
+        return cls(bound, shared, form)
 
     @property
     def method(self) -> Method:

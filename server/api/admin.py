@@ -6,6 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 
+from server.api.access.principal import made_by
 from server.api.answers import (
     adapter_detail,
     adapter_summary,
@@ -43,9 +44,6 @@ from server.store.names import check_name, check_version
 PREFIX = "/admin"
 
 router = APIRouter(prefix=PREFIX, tags=["admin"], responses=RESPONSES)
-
-BY = "http"
-"""Who a release says that it was made by; there are no accounts."""
 
 
 async def adapter_name(name: str, request: Request) -> str:
@@ -104,14 +102,14 @@ async def list_releases(
 @router.post("/adapters/{name:path}/releases", status_code=201)
 async def make_release(name: NameDep, body: ReleaseBody, engine: EngineDep) -> ReleaseAnswer:
     """Say which stored versions serve from here on, with which shares of the traffic."""
-    return release_answer(name, await engine.release(name, body.plan(), by=BY, note=body.note, after=body.after))
+    return release_answer(name, await engine.release(name, body.plan(), by=made_by(), note=body.note, after=body.after))
 
 
 @router.post("/adapters/{name:path}/rollback", status_code=201)
 async def rollback(name: NameDep, engine: EngineDep, body: RollbackBody | None = None) -> ReleaseAnswer:
     """Serve again what served before. A roll-back is a release; rolling back again goes further back."""
     body = body or RollbackBody()
-    return release_answer(name, await engine.rollback(name, to=body.to, by=BY, note=body.note, after=body.after))
+    return release_answer(name, await engine.rollback(name, to=body.to, by=made_by(), note=body.note, after=body.after))
 
 
 @router.get("/adapters/{name:path}/versions")
@@ -176,7 +174,7 @@ async def put_adapter(
             force=force,
             note=form.note,
         )
-        published = await engine.publish(name, upload, by=BY)
+        published = await engine.publish(name, upload, by=made_by())
     if not published.created:
         response.status_code = 200
     return upload_answer(name, published)
@@ -187,7 +185,7 @@ async def delete_adapter(
     name: NameDep, engine: EngineDep, note: Annotated[Note, Query()] = "", after: Annotated[After, Query()] = None
 ) -> DeleteAnswer:
     """Take an adapter out of service. Its versions and its history stay, and a roll-back brings it back."""
-    release = await engine.delete(name, by=BY, note=note or "delete", after=after)
+    release = await engine.delete(name, by=made_by(), note=note or "delete", after=after)
     return DeleteAnswer(adapter=name, release=release.number)
 
 

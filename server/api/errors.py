@@ -1,7 +1,7 @@
 """Every error as one JSON shape: {"error": {"message", "type", "param", "code", "request_id"}}; below the paths that
 speak for another server, in that server's."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -11,9 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from server.api.schemas import ErrorAnswer, ErrorBody
-from server.errors import AdapterdError, ShuttingDown
+from server.errors import AdapterdError, ShuttingDown, Unauthorized
 from server.logs import get_logger
 
 log = get_logger("adapterd.api")
@@ -26,7 +27,7 @@ MESSAGES = {"model_attributes_type": "a JSON object is needed, sent with Content
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
-    for status in (404, 409, 413, 422, 429, 500, 503, 504, 507)
+    for status in (401, 403, 404, 409, 413, 422, 429, 500, 503, 504, 507)
 }
 """For the OpenAPI document."""
 
@@ -43,6 +44,16 @@ def install(app: FastAPI, shapes: Mapping[str, Shape]) -> None:
         app.add_exception_handler(kind, handle)
 
 
+def answer(shapes: Mapping[str, Shape]) -> Callable[[Scope, Receive, Send, Exception], Awaitable[None]]:
+    """For middleware, whose errors no handler sees: answers an error as `install` makes the app do it."""
+
+    async def send_answer(scope: Scope, receive: Receive, send: Send, error: Exception) -> None:
+        response = await _handle(shapes, Request(scope), error)
+        await response(scope, receive, send)
+
+    return send_answer
+
+
 async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exception) -> JSONResponse:
     headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
@@ -52,6 +63,8 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
         headers.update(error.headers or {})
     elif isinstance(error, AdapterdError):
         status, body = error.status, _body(error.message, error.type, error.error_code, error.param)
+        if isinstance(error, Unauthorized):
+            headers["WWW-Authenticate"] = "Bearer"
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
         if isinstance(error, ShuttingDown):

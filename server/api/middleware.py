@@ -40,7 +40,14 @@ class Observe:
             route = getattr(scope.get("route"), "path", "unknown")
             self._metrics.requests.labels(route, status).inc()
             self._metrics.request_seconds.labels(route).observe(seconds)
-            log.info("request", method=scope["method"], path=scope["path"], status=status, ms=round(seconds * 1000, 1))
+            log.info(
+                "request",
+                method=scope["method"],
+                path=scope["path"],
+                status=status,
+                ms=round(seconds * 1000, 1),
+                key=scope.get("principal"),
+            )
 
 
 DRAINED_BYTES = 16 * 1024 * 1024

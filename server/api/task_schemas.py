@@ -135,7 +135,7 @@ class TaskBody(Body):
     version: str | None = Field(
         None, description="Answer with this version, whatever is released; else one that the last release names."
     )
-    routing_key: str | None = Field(
+    routing_key: Annotated[str, AfterValidator(check_text)] | None = Field(
         None,
         max_length=1024,
         description="Requests with the same key get the same version while the shares of traffic stay: a user's id, "

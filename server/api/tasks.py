@@ -117,6 +117,8 @@ def _adapters(body: TaskBody, route: Route) -> tuple[str, ...]:
     if body.adapters is None:
         if body.adapter is None and route is not Route.EMBED:
             raise InvalidRequest("adapter: Field required", param="adapter")
+        if body.adapter is None and body.version is not None:
+            raise InvalidRequest("version: the backbone alone has none", param="version")
         return () if body.adapter is None else (body.adapter,)
     if body.adapter is not None:
         raise InvalidRequest("adapters: either adapter or adapters is taken, not both", param="adapters")

@@ -156,7 +156,8 @@ class Tokenizer:
         spans: tuple[Span, ...] = ()
         if aligned or text.spans:
             found = self._aligned(text, parts, whole, skipped)
-            spans = tuple(_tokens(found, index, number, span) for number, span in enumerate(text.spans))
+            left = found.offsets[found.places(0)[-1]][1] if truncated and found.places(0) else len(text.text)
+            spans = tuple(_tokens(found, index, number, span, left) for number, span in enumerate(text.spans))
             alignment = found if aligned else None
         return Encoding(tuple(whole.ids), tuple(whole.type_ids), truncated, spans, alignment)
 
@@ -228,14 +229,14 @@ def _owners(whole: RawEncoding, first: int) -> tuple[int | None, ...]:
     return tuple(owners)
 
 
-def _tokens(alignment: Alignment, index: int, number: int, span: Span) -> Span:
-    """The tokens of the first text that characters of it lie in."""
+def _tokens(alignment: Alignment, index: int, number: int, span: Span, left: int) -> Span:
+    """The tokens of the first text that characters of it lie in, of which so many are left."""
     found = [
         token
         for token, (part, (start, end)) in enumerate(zip(alignment.parts, alignment.offsets, strict=True))
         if part == 0 and start < span[1] and end > span[0]
     ]
-    if not found:
+    if not found or span[1] > left:
         raise InvalidRequest(
             f"characters {span[0]} to {span[1]} hold no token, or are cut off", param=f"inputs.{index}.spans.{number}"
         )

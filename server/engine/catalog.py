@@ -9,6 +9,7 @@ from functools import partial
 
 from rapidfuzz import process
 
+from server.engine.access import EVERYTHING, Access
 from server.engine.failures import Failures
 from server.engine.once import Once
 from server.errors import AdapterdError, UnknownAdapter, UnknownVersion
@@ -54,16 +55,19 @@ class Catalog:
         clock: Callable[[], float],
         prepare: Callable[[str, Release, Release], Awaitable[None]],
         retire: Callable[[str], None],
+        access: Access = EVERYTHING,
     ) -> None:
         """`clock` gives seconds; only differences count.
 
         `prepare(name, known, later)` is awaited before a release of another process replaces a known one;
-        `retire(version)` is told when no known release names a version any more.
+        `retire(version)` is told when no known release names a version any more. `access` says which names may be
+        suggested to whoever asks for another.
         """
         self._store = store
         self._poll_seconds = poll_seconds
         self._clock = clock
         self._prepare = prepare
+        self._access = access
         self._retire = retire
         self._views: OrderedDict[str, _View] = OrderedDict()
         self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()  # asked for by version, and there
@@ -179,7 +183,7 @@ class Catalog:
     async def _nearest(self, name: str) -> str | None:
         find = partial(process.extract, name, await self._all_names(), limit=NEAREST, score_cutoff=60)
         near = await asyncio.to_thread(find, processor=str.lower)  # of a hundred thousand names it takes a while
-        for candidate, _, _ in near:
+        for candidate in (one for one, _, _ in near if self._access.sees(one)):
             release = await self.current(candidate)  # names of deleted adapters stay in the store
             if release is not None and not release.deleted:
                 return str(candidate)

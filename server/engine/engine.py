@@ -10,6 +10,7 @@ from datetime import timedelta
 from typing import Any, TypedDict
 
 from server.backbone.backbone import Backbone
+from server.backbone.tokenizer import MAX_WINDOWS
 from server.core import (
     AdapterRef,
     BackboneSpec,
@@ -22,6 +23,7 @@ from server.core import (
     TaskRequest,
     Terms,
 )
+from server.engine.access import EVERYTHING, Access
 from server.engine.catalog import Catalog
 from server.engine.loading import Checked, Checker, Loader
 from server.engine.memory import Memory
@@ -136,8 +138,10 @@ class Engine:
         settings: Settings,
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        access: Access = EVERYTHING,
     ) -> None:
-        """Takes the backbone over: nobody else may run it."""
+        """Takes the backbone over: nobody else may run it. `access` says what the caller of a method may reach."""
+        self._access = access
         self._backbone = backbone
         self._store = store
         self._metrics = metrics
@@ -159,6 +163,9 @@ class Engine:
             metrics, failures=settings.quarantine_failures, pause_seconds=settings.quarantine_seconds, clock=clock
         )
         self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine)
+        # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
+        # texts, each for many adapters, would hold the device for minutes.
+        self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
         self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool)
         prover = Prover(backbone, self._pipeline)
         checker = Checker(backbone)
@@ -170,6 +177,7 @@ class Engine:
             clock=clock,
             prepare=self._prefetch,
             retire=self._residency.retire,
+            access=access,
         )
         self._shadows = Shadows(self._residency, self._pipeline, metrics)
         self._pins = Pins(store, self._catalog, self._residency, metrics, poll_seconds=settings.store_poll_seconds)
@@ -287,17 +295,25 @@ class Engine:
             self._limits.discard(limit)
 
     async def _run(self, request: TaskRequest, terms: Terms) -> list[TaskAnswer]:
+        self._access.require(*request.adapters)
         chosen = [await self._choose(name, request) for name in request.adapters]
         cut = Cut(request.truncate, request.long)
         async with AsyncExitStack() as leases:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
             for name, adapter in zip(request.adapters, adapters, strict=False):
                 _check_route(name, adapter, request.route)
-            for adapter in adapters:
-                adapter.task.check_options(adapter.config, request.options, self.spec)
             refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
-            jobs = [Job(one, request.options, ref) for one, ref in zip(adapters, refs, strict=True)]
-            answered = await self._pipeline.answer(jobs, request.inputs, cut, terms)
+            names = request.adapters if len(request.adapters) > 1 else [None]
+            jobs = [
+                Job(adapter, request.options, ref, name)
+                for ref, name, adapter in zip(refs, names, adapters, strict=True)
+            ]
+            for job in jobs:
+                with job.blamed():
+                    job.adapter.task.check_options(job.adapter.config, job.options, self.spec)
+            answered = await self._pipeline.answer(
+                jobs, request.inputs, cut, terms, max_tokens=self._max_request_tokens
+            )
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
             name = choice.ref.name
@@ -358,30 +374,35 @@ class Engine:
 
     async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
         """See Publisher.publish."""
+        self._access.require(name)
         published = await self._publisher.publish(name, upload, by=by)
         self._quarantine.lift(name)
         return published
 
     async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.release."""
+        self._access.require(name)
         release = await self._publisher.release(name, plan, by=by, note=note, after=after)
         self._quarantine.lift(name)
         return release
 
     async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
         """See Publisher.rollback."""
+        self._access.require(name)
         release = await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
         self._quarantine.lift(name)
         return release
 
     async def delete(self, name: str, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.delete."""
+        self._access.require(name)
         release = await self._publisher.delete(name, by=by, note=note, after=after)
         self._quarantine.lift(name)
         return release
 
     async def verify(self, name: str, version: str | None) -> tuple[str, Report]:
         """Reads a version, by default the main one, from the store and proves it anew. Raises what is wrong with it."""
+        self._access.require(name)
         if version is None:
             version = self._describe(name, await self._catalog.serving(name)).version
         report = await self._publisher.verify(name, version)
@@ -390,19 +411,23 @@ class Engine:
 
     async def pin(self, name: str) -> None:
         """See Pins.pin."""
+        self._access.require(name)
         await self._pins.pin(name)
 
     async def unpin(self, name: str) -> None:
         """See Pins.unpin."""
+        self._access.require(name)
         await self._pins.unpin(name)
 
     async def describe(self, name: str) -> tuple[Described, Manifest, Report | None]:
         """An adapter that serves, and the manifest and report of the version with most of its traffic."""
+        self._access.require(name)
         described = self._describe(name, await self._catalog.serving(name))
         return described, *await self._store.manifest(name, described.version)
 
     async def profile(self, name: str, version: str | None = None) -> Profile:
         """What a version, by default the one with most of the traffic, is for. Brings nothing into memory."""
+        self._access.require(name)
         if version is None:
             version = self._describe(name, await self._catalog.serving(name)).version
         else:
@@ -417,19 +442,25 @@ class Engine:
 
     async def collect(self, *, name: str | None, keep: int, min_age: timedelta, dry_run: bool) -> list[Removed]:
         """See gc.collect."""
+        if name is None:
+            self._access.require_all("collecting the garbage of all adapters")
+        else:
+            self._access.require(name)
         return [one async for one in collect(self._store, name=name, keep=keep, min_age=min_age, dry_run=dry_run)]
 
     async def versions(self, name: str) -> list[tuple[StoredVersion, bool]]:
         """What is stored of an adapter's versions, the latest first, and whether each is in memory here."""
+        self._access.require(name)
         return [(one, one.version in self._residency) for one in await self._store.versions(name)]
 
     async def history(self, name: str, *, before: int | None, limit: int) -> list[Release]:
         """See AdapterStore.history."""
+        self._access.require(name)
         return await self._store.history(name, before=before, limit=limit)
 
     async def page(self, *, after: str = "", limit: int) -> Page:
-        """Adapters that serve, by name, at most `limit` of them."""
-        names = [name for name in await self._store.names() if name > after]
+        """Adapters that serve and that the caller may see, by name, at most `limit` of them."""
+        names = [name for name in await self._store.names() if name > after and self._access.sees(name)]
         adapters: list[Described] = []
         damaged: list[str] = []
         # One more than fits tells whether there is another page; names of deleted adapters are passed over.

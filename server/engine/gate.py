@@ -1,6 +1,7 @@
 """The gate before a release: the newcomer has to do at least as well on labelled texts as what serves now."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import stamina
 
 from server.core import Prediction, Priority, Terms
 from server.engine.pipeline import Job, Pipeline
-from server.errors import Overloaded, RefusedRelease, TooLarge
+from server.errors import InvalidRequest, Overloaded, RefusedRelease, TooLarge
 from server.tasks.adapter import TaskAdapter
 from server.tasks.dataset import Dataset, parse_dataset
 from server.tasks.metrics import Report
@@ -50,6 +51,8 @@ def read(data: bytes, adapter: TaskAdapter) -> Dataset[Any]:
     """The rows of an upload. Raises InvalidRequest naming the line; labels have to be the adapter's."""
     if len(data) > MAX_BYTES:
         raise TooLarge(f"{FIELD}: {len(data)} bytes, at most {MAX_BYTES} are taken", param=FIELD)
+    with _blamed():
+        adapter.task.check_measurable(adapter.labels)
     dataset = parse_dataset(data, FIELD, adapter.task.example, known=adapter.labels, max_rows=MAX_ROWS)
     longest = max(map(len, dataset.texts))
     if longest > MAX_CHARACTERS:
@@ -67,9 +70,19 @@ async def measure(pipeline: Pipeline, adapter: TaskAdapter, data: Dataset[Any]) 
         async for attempt in stamina.retry_context(on=Overloaded, attempts=None, timeout=LONGEST_WAIT_SECONDS):
             with attempt:
                 chunk = inputs[start : start + CHUNK]
-                [answered] = await pipeline.answer([job], chunk, terms=Terms(Priority.LOW))
+                with _blamed(f" from row {start + 1} on"):
+                    [answered] = await pipeline.answer([job], chunk, terms=Terms(Priority.LOW))
                 predictions += answered.predictions
     return task.measure(data.examples, predictions)
+
+
+@contextmanager
+def _blamed(rows: str = "") -> Iterator[None]:
+    """What is wrong with a row is wrong with the field of the upload that it came in."""
+    try:
+        yield
+    except (InvalidRequest, TooLarge) as error:
+        raise type(error)(f"{FIELD}{rows}: {error.message}", param=FIELD, code=error.error_code) from error
 
 
 def refusal(comparison: Comparison) -> RefusedRelease:

@@ -75,7 +75,7 @@ class Checker:
 
     def bind(self, checked: Checked) -> TaskAdapter:
         """The adapter on the backbone's device."""
-        return checked.blueprint.bind(checked.tensors, self._backbone).compact()
+        return checked.blueprint.load(checked.tensors, self._backbone)
 
     def covers(self, report: Report) -> bool:
         """Whether what a server has found holds here."""

@@ -1,8 +1,9 @@
 """Inputs through adapters: tokenized, queued, run, and read. What requests, proofs and comparisons share."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -13,7 +14,7 @@ from server.backbone.tokenizer import Tokenizer
 from server.core import PLAIN, AdapterRef, Encoding, Long, Options, Prediction, Terms, TextInput, WindowPooling
 from server.engine.runner import Row
 from server.engine.worker import Worker
-from server.errors import InvalidRequest, TooLarge
+from server.errors import AdapterdError, InvalidRequest, TooLarge
 from server.tasks.adapter import TaskAdapter
 from server.tasks.base import Window
 from server.tasks.pooled import PooledTask
@@ -33,6 +34,19 @@ class Job:
     options: Options
     ref: AdapterRef | None = None
     """In whose name it runs; None: the server's own."""
+    name: str | None = None
+    """What errors call it, where there are others that they could be about."""
+
+    @contextmanager
+    def blamed(self) -> Iterator[None]:
+        """Errors of a request that are raised meanwhile say that they are about this adapter."""
+        try:
+            yield
+        except AdapterdError as error:
+            if self.name is None:
+                raise
+            message = f"adapter {self.name!r}: {error.message}"
+            raise type(error)(message, param=error.param, code=error.error_code) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,15 +76,23 @@ class Pipeline:
         self._executor = executor
 
     async def answer(
-        self, jobs: Sequence[Job], inputs: Sequence[TextInput], cut: Cut = Cut(), terms: Terms = PLAIN
+        self,
+        jobs: Sequence[Job],
+        inputs: Sequence[TextInput],
+        cut: Cut = Cut(),
+        terms: Terms = PLAIN,
+        *,
+        max_tokens: int | None = None,
     ) -> list[Answered]:
         """All inputs through all adapters, in one go.
 
-        Raises InvalidRequest for an input that an adapter cannot answer, TooLarge for one that may not be cut and for
-        more scores than an answer holds, and whatever `Worker.submit` does.
+        Raises InvalidRequest for an input that an adapter cannot answer, TooLarge for one that may not be cut, for more
+        scores than an answer holds and for more than `max_tokens` in all windows for all adapters, and whatever
+        `Worker.submit` does.
         """
         for job in jobs:
-            _check(job, inputs, cut)
+            with job.blamed():
+                _check(job, inputs, cut)
         self._worker.check([job.ref for job in jobs], len(jobs) * len(inputs), terms)
         shared: dict[tuple[int, bool, bool], list[list[Encoding]]] = {}  # adapters that read alike share encodings
         encoded = []
@@ -79,6 +101,14 @@ class Pipeline:
             if framing not in shared:
                 shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate)
             encoded.append(shared[framing])
+        tokens = sum(len(one) for windows in encoded for own in windows for one in own)
+        if max_tokens is not None and tokens > max_tokens:
+            raise TooLarge(
+                f"the inputs come to {tokens} tokens in all windows for all adapters, at most {max_tokens} are run for "
+                "one request",
+                param="inputs",
+                code="too_many_tokens",
+            )
         rows = [_rows(job, windows) for job, windows in zip(jobs, encoded, strict=True)]
         refs = [job.ref for job, own in zip(jobs, rows, strict=True) for _ in own]
         answers = iter(await self._run(list(chain.from_iterable(rows)), refs, terms))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import BaseModel, ValidationError
 
+from server.client_key import ApiKey, bearer
 from server.errors import AdapterdError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ _After = Annotated[int | None, typer.Option(min=0, help="Only if this is still t
 @app.command("list")
 def list_command(
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
@@ -65,7 +67,7 @@ def list_command(
     as_json: _Json = False,
 ) -> None:
     """The adapters that serve."""
-    with _reported(), _manager(url, store, store_endpoint, timeout) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout) as manager:
         listed = manager.adapters()
         if as_json:
             _print_json(_plain([listed])[0])
@@ -82,6 +84,7 @@ def show_command(
     name: _Name,
     releases: Annotated[int, typer.Option(min=1, max=1000, help="How many of the last releases.")] = HISTORY,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
@@ -89,7 +92,7 @@ def show_command(
     as_json: _Json = False,
 ) -> None:
     """One adapter, its versions and its last releases."""
-    with _reported(), _manager(url, store, store_endpoint, timeout) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout) as manager:
         from server.manage.manager import overview
 
         known = overview(manager, name, releases)
@@ -123,6 +126,7 @@ def push_command(
     force: Annotated[bool, typer.Option("--force", help="Release it however it does on --eval.")] = False,
     note: _Note = "",
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     backbone: _Backbone = None,
@@ -142,7 +146,7 @@ def push_command(
             force=force,
             note=_checked(note),
         )
-        with _manager(url, store, store_endpoint, timeout, backbone=backbone, make=True) as manager:
+        with _manager(url, api_key, store, store_endpoint, timeout, backbone=backbone, make=True) as manager:
             answer = manager.push(name, push)
         _show(answer, wide=wide, as_json=as_json)
 
@@ -161,6 +165,7 @@ def release_command(
     note: _Note = "",
     after: _After = None,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
@@ -170,7 +175,7 @@ def release_command(
     """Say which stored versions serve from here on, and with which shares of the requests."""
     with _reported():
         shares = [_share(version, alone=len(versions) == 1) for version in versions]
-        with _manager(url, store, store_endpoint, timeout) as manager:
+        with _manager(url, api_key, store, store_endpoint, timeout) as manager:
             from server.api.schemas import ReleaseBody
             from server.manage.manager import WrongUse, whole_version
 
@@ -193,6 +198,7 @@ def rollback_command(
     note: _Note = "",
     after: _After = None,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
@@ -200,7 +206,7 @@ def rollback_command(
     as_json: _Json = False,
 ) -> None:
     """Serve again what served before."""
-    with _reported(), _manager(url, store, store_endpoint, timeout) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout) as manager:
         from server.api.schemas import RollbackBody
 
         answer = manager.rollback(name, RollbackBody(to=to, note=note, after=after))
@@ -211,13 +217,14 @@ def rollback_command(
 def pin_command(
     name: _Name,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
     as_json: _Json = False,
 ) -> None:
     """Keep what the adapter serves in memory, in every server on its store."""
-    with _reported(), _manager(url, store, store_endpoint, timeout) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout) as manager:
         _show(manager.pin(name), as_json=as_json)
 
 
@@ -225,13 +232,14 @@ def pin_command(
 def unpin_command(
     name: _Name,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
     as_json: _Json = False,
 ) -> None:
     """Let the adapter leave memory when others need the room."""
-    with _reported(), _manager(url, store, store_endpoint, timeout) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout) as manager:
         _show(manager.unpin(name), as_json=as_json)
 
 
@@ -241,6 +249,7 @@ def delete_command(
     note: _Note = "",
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
@@ -250,7 +259,7 @@ def delete_command(
     with _reported():
         if not yes:
             _confirm(f"Take {name} out of service?")
-        with _manager(url, store, store_endpoint, timeout) as manager:
+        with _manager(url, api_key, store, store_endpoint, timeout) as manager:
             _show(manager.delete(name, _checked(note)), as_json=as_json)
 
 
@@ -267,6 +276,7 @@ def gc_command(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only tell.")] = False,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     timeout: _Timeout = TIMEOUT_SECONDS,
@@ -274,7 +284,7 @@ def gc_command(
     as_json: _Json = False,
 ) -> None:
     """Remove versions that no recent release names."""
-    with _reported(), _manager(url, store, store_endpoint, timeout) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout) as manager:
         from server.api.schemas import CollectBody
 
         given = {"adapter": adapter, "keep": keep, "min_age_seconds": min_age, "dry_run": dry_run}
@@ -293,6 +303,7 @@ def verify_command(
         bool, typer.Option("--prove", help="With --store: run them over the backbone too, as a server does.")
     ] = False,
     url: _Url = None,
+    api_key: ApiKey = None,
     store: _Store = None,
     store_endpoint: _Endpoint = None,
     backbone: _Backbone = None,
@@ -301,7 +312,7 @@ def verify_command(
     as_json: _Json = False,
 ) -> None:
     """Read stored versions again and check them. The exit status is 1 if something is wrong with one."""
-    with _reported(), _manager(url, store, store_endpoint, timeout, backbone=backbone, prove=prove) as manager:
+    with _reported(), _manager(url, api_key, store, store_endpoint, timeout, backbone=backbone, prove=prove) as manager:
         from server.manage.manager import WrongUse, verify, verify_one, whole_version
         from server.manage.tables import Tables
 
@@ -326,6 +337,7 @@ def verify_command(
 @contextmanager
 def _manager(
     url: str | None,
+    api_key: str | None,
     store: str | None,
     endpoint: str | None,
     timeout: float,
@@ -346,7 +358,7 @@ def _manager(
         from server.manage.tables import watch_upload
 
         address = url or os.environ.get(URL_VARIABLE) or DEFAULT_URL
-        manager: Manager = Remote(address, timeout_seconds=timeout, watch_upload=watch_upload)
+        manager: Manager = Remote(address, timeout_seconds=timeout, watch_upload=watch_upload, headers=bearer(api_key))
     else:
         from server.manage.local import Local, Proving
 
@@ -440,19 +452,23 @@ def _asked_on_a_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _files(paths: Sequence[Path]) -> list[Path]:
-    """What is to be uploaded: files, and those that lie in a folder; hidden ones are nobody's checkpoint."""
+def _files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
+    """What is to be uploaded, under which names: files, and those that lie in a folder; hidden ones are nobody's
+    checkpoint. Of what lies deeper only the configurations, as sentence-transformers has them; the rest is a trainer's.
+    """
     from server.manage.manager import WrongUse
 
-    found: list[Path] = []
+    found: list[tuple[str, Path]] = []
     for path in paths:
         if not path.is_dir():
-            found.append(_file(path))
+            found.append((path.name, _file(path)))
             continue
-        inside = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
-        if not inside:
+        inside = sorted(file for file in [*path.glob("*"), *path.glob("*/config.json")] if file.is_file())
+        names = [(file.relative_to(path).as_posix(), file) for file in inside]
+        shown = [(name, file) for name, file in names if not name.startswith(".")]
+        if not shown:
             raise WrongUse(f"folder {path} has no files")
-        found += inside
+        found += shown
     return found
 
 

@@ -105,7 +105,7 @@ class Local:
         from server.engine.publishing import Upload
 
         upload = Upload(
-            files=[(file.name, file.read_bytes()) for file in push.files],
+            files=[(file_name, file.read_bytes()) for file_name, file in push.files],
             labels=push.labels,
             eval=None if push.eval is None else push.eval.read_bytes(),
             release=push.release,

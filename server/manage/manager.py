@@ -50,7 +50,8 @@ class Unreachable(AdapterdError):
 class Push:
     """A checkpoint to upload, and what is to become of it."""
 
-    files: Sequence[Path]
+    files: Sequence[tuple[str, Path]]
+    """Names and files."""
     labels: Sequence[str] | None = None
     eval: Path | None = None
     release: bool = True

@@ -1,7 +1,7 @@
 """Manager over HTTP: a running server does it."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, TypeVar
 from urllib.parse import quote
@@ -45,8 +45,11 @@ CONNECT_SECONDS = 10.0
 class Remote:
     """A server."""
 
-    def __init__(self, url: str, *, timeout_seconds: float, watch_upload: Watch) -> None:
-        """`timeout_seconds`: how long the server may be silent. Raises WrongUse for a URL that is none."""
+    def __init__(
+        self, url: str, *, timeout_seconds: float, watch_upload: Watch, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """`timeout_seconds`: how long the server may be silent. `headers`: those that say who asks. Raises WrongUse for
+        a URL that is none."""
         try:
             usable = httpx.URL(url).scheme in ("http", "https") and bool(httpx.URL(url).host)
         except httpx.InvalidURL:
@@ -58,7 +61,7 @@ class Remote:
         self._watch_upload = watch_upload
         self._connect_seconds = min(timeout_seconds, CONNECT_SECONDS)
         timeout = httpx.Timeout(timeout_seconds, connect=self._connect_seconds)
-        self._client = httpx.Client(base_url=url, timeout=timeout)
+        self._client = httpx.Client(base_url=url, headers=headers, timeout=timeout)
 
     def close(self) -> None:
         """See Manager."""
@@ -93,7 +96,9 @@ class Remote:
         if push.labels is not None:
             fields["labels"] = json.dumps(push.labels)
         with ExitStack() as stack:
-            parts: list[Any] = [("files", (file.name, stack.enter_context(file.open("rb")))) for file in push.files]
+            parts: list[Any] = [
+                ("files", (file_name, stack.enter_context(file.open("rb")))) for file_name, file in push.files
+            ]
             if push.eval is not None:
                 parts.append(("eval", (push.eval.name, stack.enter_context(push.eval.open("rb")))))
             request = self._client.build_request(

@@ -9,10 +9,11 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Annotated, Any, Literal
 
 import safetensors.torch
+import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, ValidationError
 from torch import Tensor
 
@@ -25,6 +26,9 @@ TENSORS = "adapter.safetensors"
 
 MAX_TENSORS = 20_000
 """Tensors of one file. Large models have hundreds; empty ones cost an uploader nothing."""
+
+MAX_HEADER_BYTES = 16 * 1024 * 1024
+"""What names so many tensors. safetensors itself would make objects of a header of 100 MB."""
 
 
 def _distinct(labels: tuple[str, ...]) -> tuple[str, ...]:
@@ -118,7 +122,7 @@ class Artifact:
     manifest: Manifest
     tensors: Mapping[str, Tensor]
     manifest_bytes: bytes
-    tensor_bytes: bytes
+    tensor_bytes: bytes | memoryview
     report: Report | None = None
     """What is known of it beside its content; no part of the version."""
 
@@ -135,7 +139,7 @@ class Artifact:
         return cls(manifest, tensors, _document(document), packed)
 
     @classmethod
-    def parse(cls, manifest_bytes: bytes, tensor_bytes: bytes) -> "Artifact":
+    def parse(cls, manifest_bytes: bytes, tensor_bytes: bytes | memoryview) -> "Artifact":
         """Reads the two files. Raises InvalidAdapter naming the file or the field."""
         try:
             manifest = Manifest.model_validate_json(manifest_bytes)
@@ -157,7 +161,7 @@ class Artifact:
         return cls.parse(manifest_bytes, tensor_bytes)
 
     @classmethod
-    def verify(cls, version: str, manifest_file: bytes, tensor_bytes: bytes) -> "Artifact":
+    def verify(cls, version: str, manifest_file: bytes, tensor_bytes: bytes | memoryview) -> "Artifact":
         """Reads a stored version. Raises CorruptVersion where its bytes are not the ones that were stored."""
         manifest_bytes, report = _split(version, manifest_file)
         digest = _digest(manifest_bytes, tensor_bytes)
@@ -186,7 +190,7 @@ class Artifact:
 _REPORT = "report"
 
 
-def _digest(manifest_bytes: bytes, tensor_bytes: bytes) -> str:
+def _digest(manifest_bytes: bytes, tensor_bytes: bytes | memoryview) -> str:
     parts = (hashlib.sha256(part).digest() for part in (manifest_bytes, tensor_bytes))
     return hashlib.sha256(b"".join(parts)).hexdigest()
 
@@ -217,10 +221,19 @@ def _split(version: str, manifest_file: bytes) -> tuple[bytes, Report | None]:
     return before + b"\n}\n", report
 
 
-def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; a truncated or foreign one is refused by its name."""
+def read_tensors(file: str, data: bytes | memoryview) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; a truncated or foreign one is refused by its name.
+
+    Of a file in memory that may be written to, they are views.
+    """
+    if (header := int.from_bytes(data[:8], "little")) > MAX_HEADER_BYTES:
+        raise InvalidAdapter(
+            f"{file} is not a whole safetensors file: a header of {header} bytes, at most {MAX_HEADER_BYTES} are read",
+            param=file,
+            code="bad_file",
+        )
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = safetensors.torch.load(data) if isinstance(data, bytes) else _views(data)
     except Exception as error:  # safetensors' own, or whatever torch says to a shape or a type that it cannot make
         reason = str(error).partition("\n")[0]  # torch puts a stack trace below
         raise InvalidAdapter(
@@ -231,6 +244,43 @@ def read_tensors(file: str, data: bytes) -> dict[str, Tensor]:
             f"{file} has {len(tensors)} tensors, at most {MAX_TENSORS} are read", param=file, code="bad_file"
         )
     return tensors
+
+
+LENGTH_BYTES = 8
+"""At the beginning of a safetensors file: the length of the header, a JSON document, that the numbers follow."""
+
+LONGEST_KEPT_HEADER = 64 * 1024
+KEPT_HEADERS = 64
+
+
+def _views(data: memoryview) -> dict[str, Tensor]:
+    """A file's tensors where they lie. Files of one family of adapters have the same header, which is read once."""
+    start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+    header = bytes(data[LENGTH_BYTES:start])
+    layout = (_layout if len(header) <= LONGEST_KEPT_HEADER else _layout.__wrapped__)(header, len(data) - start)
+    if layout is None:
+        return safetensors.torch.load(bytes(data))
+    dtype, names, like = layout
+    numbers = torch.frombuffer(data, dtype=dtype, offset=start)
+    return dict(zip(names, torch._C._nn.unflatten_dense_tensors(numbers, like), strict=True))
+
+
+@lru_cache(maxsize=KEPT_HEADERS)
+def _layout(header: bytes, nbytes: int) -> tuple[torch.dtype, list[str], list[Tensor]] | None:
+    """Number format, names and shapes (as tensors without numbers) of files with this header and so many bytes of
+    numbers; None where that does not say it all. Whether such files are whole is left to their library."""
+    file = len(header).to_bytes(LENGTH_BYTES, "little") + header + bytes(nbytes)
+    tensors = safetensors.torch.load(file)
+    places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
+    names = sorted(places, key=places.__getitem__)
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) != 1 or not all(tensor.numel() for tensor in tensors.values()):
+        return None
+    (dtype,) = dtypes
+    aligned = (LENGTH_BYTES + len(header)) % dtype.itemsize == 0
+    if not aligned or sum(tensors[name].numel() for name in names) * dtype.itemsize != nbytes:
+        return None
+    return dtype, names, [torch.empty(tensors[name].shape, device="meta") for name in names]
 
 
 def invalid_fields(where: str, error: ValidationError) -> InvalidAdapter:

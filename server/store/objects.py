@@ -6,12 +6,14 @@ import asyncio
 import os
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
+from weakref import WeakKeyDictionary
 
 import obstore
 import stamina
@@ -26,13 +28,15 @@ from obstore.exceptions import (
 )
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, ObjectStore, S3Store
 
+from server.blocks import BLOCKS
 from server.errors import InvalidRequest, StoreUnavailable
 from server.logs import get_logger
 
 log = get_logger("adapterd.store")
 
 T = TypeVar("T")
-Buffer = bytes | obstore.Bytes
+Buffer = bytes | memoryview | obstore.Bytes
+Choose = Callable[[list[str]], str | None]
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.1
@@ -42,6 +46,12 @@ SLOWEST_BYTES_PER_SECOND = 1024 * 1024
 """A call may take its deadline, and for each such portion of data a second more."""
 
 SCHEMES = ("file", "memory", "s3", "gs", "az")
+
+FOLDER_THREADS = 8
+"""They read a folder's files, and wait where the folder hangs."""
+
+LARGEST_TOGETHER = 1024 * 1024
+"""Bytes of a file that is read together with others; larger ones let nobody wait for them."""
 
 S3_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Where AWS's own tools look for one."""
@@ -80,6 +90,93 @@ class Opened:
     """Raises StoreUnavailable. Copying the bytes into Python's takes time, which is left to the caller."""
 
 
+Work = tuple[Callable[[], Any], asyncio.Future[Any]]
+
+
+class _Folder:
+    """Reads a folder's files on other threads. Handing over to a thread and back costs more than most of what is read:
+    what is asked for at the same time, when a batch of answers has gone out, goes there together."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = str(root)
+        self._threads = ThreadPoolExecutor(FOLDER_THREADS, "adapterd-store")
+        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Work]] = WeakKeyDictionary()
+
+    async def call(self, function: Callable[[], T], size: int = 0) -> T:
+        """Does something quick with files, or something with so many bytes of them."""
+        loop = asyncio.get_running_loop()
+        if size > LARGEST_TOGETHER:
+            return await loop.run_in_executor(self._threads, function)
+        waiting = self._waiting.setdefault(loop, [])
+        outcome: asyncio.Future[T] = loop.create_future()
+        waiting.append((function, outcome))
+        if len(waiting) == 1:
+            loop.call_soon(self._start, loop)
+        return await outcome
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        together = self._waiting.pop(loop)
+        work = loop.run_in_executor(self._threads, lambda: [_outcome(function) for function, _ in together])
+        work.add_done_callback(lambda done: _settle([outcome for _, outcome in together], done.result()))
+
+    def read(self, key: str) -> bytes:
+        """A file's bytes."""
+        with open(self._path(key), "rb", buffering=0) as file:
+            return file.readall()
+
+    def read_block(self, key: str) -> memoryview:
+        """The same for a file of some size."""
+        with open(self._path(key), "rb", buffering=0) as file:
+            data = BLOCKS.take(os.fstat(file.fileno()).st_size)
+            done = 0
+            while done < len(data) and (count := file.readinto(data[done:])):
+                done += count
+        return data[:done]
+
+    def choose(self, prefix: str, choose: Choose) -> tuple[str, bytes] | None:
+        """See Objects.choose."""
+        try:
+            with os.scandir(self._path(prefix)) as entries:
+                names = [entry.name for entry in entries if entry.is_file()]
+        except FileNotFoundError:
+            return None
+        name = choose(names)
+        return None if name is None else (name, self.read(f"{prefix}/{name}"))
+
+    def read_and_measure(self, key: str, other: str) -> tuple[bytes | None, int | None]:
+        """A file's bytes and another one's size, each None where there is no such file."""
+        data = size = None
+        with suppress(FileNotFoundError):
+            data = self.read(key)
+        with suppress(FileNotFoundError):
+            size = self.size(other)
+        return data, size
+
+    def size(self, key: str) -> int:
+        """A file's size."""
+        return os.stat(self._path(key)).st_size
+
+    def _path(self, key: str) -> str:
+        return os.path.join(self._root, key)
+
+
+def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _settle(waiting: list[asyncio.Future[Any]], outcomes: list[tuple[Any, Exception | None]]) -> None:
+    for future, (value, error) in zip(waiting, outcomes, strict=True):
+        if future.done():  # nobody waits any more
+            continue
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+
+
 class Objects:
     """Keys to bytes. Raises FileNotFoundError, which is an answer, or StoreUnavailable."""
 
@@ -88,6 +185,7 @@ class Objects:
         self._objects = objects
         self._timeout_seconds = timeout_seconds
         self._root = root
+        self._folder_files = _Folder(root) if root is not None else None
 
     @classmethod
     def open(cls, url: str, *, endpoint: str | None = None, timeout_seconds: float = 5.0) -> "Objects":
@@ -127,11 +225,51 @@ class Objects:
 
     async def get(self, key: str) -> bytes:
         """An object's bytes."""
+        folder = self._folder_files
 
         async def read() -> bytes:
+            if folder is not None:
+                return await folder.call(lambda: folder.read(key))
             return bytes(await (await obstore.get_async(self._objects, key)).bytes_async())
 
         return await self._find(read)
+
+    async def choose(self, prefix: str, choose: Choose, after: str | None = None) -> tuple[str, bytes] | None:
+        """The object below a prefix that `choose` picks from the names there, and its bytes; None where it picks none.
+
+        `after` spares a listing the keys up to that one. What is chosen may be gone: FileNotFoundError.
+        """
+        folder = self._folder_files
+        if folder is not None:
+            found = await self._find(lambda: folder.call(lambda: folder.choose(prefix, choose)))
+            if found is None:
+                await self._check_root()
+            return found
+        keys = [entry.key for entry in await self.entries(prefix, after)]
+        name = choose([key.removeprefix(f"{prefix}/") for key in keys])
+        return None if name is None else (name, await self.get(f"{prefix}/{name}"))
+
+    async def get_and_open(self, key: str, other: str) -> tuple[bytes | None, Opened | None]:
+        """An object's bytes, and another object, opened; each None where it is not there."""
+        folder = self._folder_files
+        if folder is not None:
+            data, size = await self._find(lambda: folder.call(lambda: folder.read_and_measure(key, other)))
+            if data is None or size is None:
+                await self._check_root()
+            return data, None if size is None else Opened(size, lambda: self._read_file(other, size))
+        outcomes = await asyncio.gather(self.get(key), self.open_object(other), return_exceptions=True)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException) and not isinstance(outcome, FileNotFoundError):
+                raise outcome
+        first, second = outcomes
+        return None if isinstance(first, BaseException) else first, None if isinstance(
+            second, BaseException
+        ) else second
+
+    async def _read_file(self, key: str, size: int) -> Buffer:
+        folder = self._folder_files
+        assert folder is not None
+        return await self._find(lambda: folder.call(lambda: folder.read_block(key), size), size)
 
     async def open_object(self, key: str) -> Opened:
         """An object's size; its bytes follow when they are asked for."""
@@ -145,7 +283,7 @@ class Objects:
 
         return Opened(size, lambda: self._find(once, size))
 
-    async def put(self, key: str, data: bytes) -> None:
+    async def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes an object, whole or not at all, over what may be there."""
         await self._write(key, data, "overwrite")
 
@@ -160,7 +298,7 @@ class Objects:
             return False
         return True
 
-    async def _write(self, key: str, data: bytes, mode: Literal["create", "overwrite"]) -> None:
+    async def _write(self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]) -> None:
         await self._check_root()  # which obstore would make again, perhaps where something should be mounted
         await self._call(lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
 

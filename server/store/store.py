@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from uuid import uuid4
 
+from server.blocks import BLOCKS
 from server.errors import (
     AdapterdError,
     Conflict,
@@ -69,7 +70,7 @@ class OpenedVersion:
         """Its bytes, as a function that makes an artifact of them and proves that they are what was stored: it
         computes, and should not do so on an event loop. Raises CorruptVersion."""
         tensors = await self.read_tensors()
-        return lambda: Artifact.verify(self.version, self.manifest_file, bytes(tensors))
+        return lambda: Artifact.verify(self.version, self.manifest_file, _in_block(tensors))
 
 
 class AdapterStore:
@@ -108,18 +109,11 @@ class AdapterStore:
     async def open_version(self, name: str, version: str) -> OpenedVersion:
         """The beginning of reading a version. Raises UnknownVersion, CorruptVersion where half of it is missing."""
         key = _version_key(name, version)
-        manifest, tensors = await asyncio.gather(
-            self._objects.get(f"{key}/{MANIFEST}"),
-            self._objects.open_object(f"{key}/{TENSORS}"),
-            return_exceptions=True,
-        )
-        for outcome in (manifest, tensors):
-            if isinstance(outcome, BaseException) and not isinstance(outcome, FileNotFoundError):
-                raise outcome
-        if isinstance(manifest, BaseException):
-            raise _unknown(name, version) from manifest
-        if isinstance(tensors, BaseException):
-            raise CorruptVersion(f"adapter {name!r} has no whole version {version}") from tensors
+        manifest, tensors = await self._objects.get_and_open(f"{key}/{MANIFEST}", f"{key}/{TENSORS}")
+        if manifest is None:
+            raise _unknown(name, version)
+        if tensors is None:
+            raise CorruptVersion(f"adapter {name!r} has no whole version {version}")
         read = tensors.read
 
         async def read_tensors() -> Buffer:
@@ -209,26 +203,35 @@ class AdapterStore:
     async def releases(self, name: str, after: int = 0) -> list[int]:
         """The numbers of an adapter's releases later than `after`, ascending; none for one that was never released."""
         prefix = f"{check_name(name)}/releases"
-        entries = await self._objects.entries(prefix, _release_key(name, after) if 0 < after <= LAST_SORTED else None)
-        files = (_RELEASE_FILE.fullmatch(entry.key.removeprefix(f"{prefix}/")) for entry in entries)
-        return sorted(number for match in files if match and (number := int(match[1])) > after)
+        entries = await self._objects.entries(prefix, _listed_after(name, after))
+        return _numbers([entry.key.removeprefix(f"{prefix}/") for entry in entries], after)
 
     async def get_release(self, name: str, number: int) -> Release:
         """One release of an adapter."""
         try:
-            return Release.read(await self._objects.get(_release_key(name, number)))
+            return _read_release(name, number, await self._objects.get(_release_key(name, number)))
         except FileNotFoundError as error:
             raise UnknownAdapter(f"adapter {name!r} has no release {number}", param="release") from error
-        except ValueError as error:
-            raise CorruptVersion(f"release {number} of adapter {name!r} is damaged") from error
 
     async def current(self, name: str, known: Release | None = None) -> Release | None:
         """The release that serves, which may be a deletion; None for a name that was never released.
 
         With one that is `known`, only later ones are looked for.
         """
-        numbers = await self.releases(name, known.number if known else 0)
-        return await self.get_release(name, numbers[-1]) if numbers else known
+        after = known.number if known else 0
+        prefix = f"{check_name(name)}/releases"
+
+        def last(files: list[str]) -> str | None:
+            numbers = _numbers(files, after)
+            return _release_file(numbers[-1]) if numbers else None
+
+        try:
+            found = await self._objects.choose(prefix, last, _listed_after(name, after))
+        except FileNotFoundError as error:  # what has just been listed
+            raise UnknownAdapter(
+                f"adapter {name!r} has no release of those that were listed", param="release"
+            ) from error
+        return known if found is None else _read_release(name, int(found[0].partition(".")[0]), found[1])
 
     async def history(self, name: str, *, before: int | None = None, limit: int = 100) -> list[Release]:
         """Releases, the latest first. Raises UnknownAdapter where there is none, CorruptVersion for a damaged one."""
@@ -366,6 +369,15 @@ class AdapterStore:
         await self._objects.delete(f"{_PINS}/{check_name(name)}")
 
 
+def _in_block(data: Buffer) -> memoryview:
+    """Bytes of some size, where they may be written to: torch takes no others as they are."""
+    if isinstance(data, memoryview):
+        return data
+    block = BLOCKS.take(len(data))
+    block[:] = memoryview(data).cast("B")
+    return block
+
+
 def _unknown(name: str, version: str) -> UnknownVersion:
     return UnknownVersion(f"adapter {name!r} has no version {version}", param="version")
 
@@ -375,4 +387,26 @@ def _version_key(name: str, version: str) -> str:
 
 
 def _release_key(name: str, number: int) -> str:
-    return f"{check_name(name)}/releases/{number:06}.json"
+    return f"{check_name(name)}/releases/{_release_file(number)}"
+
+
+def _release_file(number: int) -> str:
+    return f"{number:06}.json"
+
+
+def _listed_after(name: str, number: int) -> str | None:
+    """The key from which on a listing has all later releases."""
+    return _release_key(name, number) if 0 < number <= LAST_SORTED else None
+
+
+def _numbers(files: list[str], after: int) -> list[int]:
+    """The releases later than `after`, ascending."""
+    matches = (_RELEASE_FILE.fullmatch(file) for file in files)
+    return sorted(number for match in matches if match and (number := int(match[1])) > after)
+
+
+def _read_release(name: str, number: int, data: bytes) -> Release:
+    try:
+        return Release.read(data)
+    except ValueError as error:
+        raise CorruptVersion(f"release {number} of adapter {name!r} is damaged") from error

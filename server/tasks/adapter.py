@@ -1,6 +1,6 @@
 """A whole adapter: a method's weights and a task's head. Serving and training both build it here."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from server.adapters.base import (
     Part,
     check_tensors,
     compacted,
+    in_one_piece,
     memory,
 )
 from server.core import BackboneSpec, Options, Prediction, SiteKind, TextInput, WindowPooling
@@ -42,7 +43,7 @@ class TaskAdapter:
     head: Any
     labels: tuple[str, ...]
     nbytes: int
-    """Memory that it holds."""
+    """Memory that it holds: more than the stored tensors, where those are multiplied out."""
 
     def decode(self, outputs: Outputs, options: Options) -> list[Any]:
         """Raw outputs [texts, outputs] as answers. Raises TypeError for a task that takes more to read its outputs."""
@@ -54,13 +55,13 @@ class TaskAdapter:
         """The answer to one input from its windows."""
         return self.task.read(text, windows, self.config, self.labels, options, pooling)
 
-    def compact(self) -> "TaskAdapter":
+    def compact(self, given: Iterable[Tensor] = ()) -> "TaskAdapter":
         """The same in one piece of memory; see base.compacted."""
         sites = [part.sites for part in self.weights.parts]
-        sites, head = compacted((sites, self.head))
+        sites, head = compacted((sites, self.head), given)
         parts = tuple(replace(part, sites=own) for part, own in zip(self.weights.parts, sites, strict=True))
-        nbytes = memory((sites, head))
-        return replace(self, weights=replace(self.weights, parts=parts, nbytes=nbytes), head=head, nbytes=nbytes)
+        weights = replace(self.weights, parts=parts)
+        return replace(self, weights=weights, head=head, nbytes=memory((sites, head)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,12 @@ class Blueprint:
         """Its hyperparameters."""
         return self.parts[0].config
 
+    @property
+    def framing(self) -> Framing:
+        """What it does to the frame of its texts: at most one part does something."""
+        framings = (part.method.framing(part.config) for part in self.parts)
+        return next((framing for framing in framings if framing != Framing()), Framing())
+
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Artifact tensor name -> shape, the head's included."""
         shapes = {name: shape for part in self.parts for name, shape in part.shapes(self.spec).items()}
@@ -146,13 +153,34 @@ class Blueprint:
 
         The head stays as precise as it was stored: its outputs are what the caller sees.
         """
-        placed = {
-            name: tensor.to(host.device) if name.startswith(HEAD) else tensor.to(host.device, host.dtype)
+        bound = self._bound(tensors, host)
+        return replace(bound, nbytes=memory(([part.sites for part in bound.weights.parts], bound.head)))
+
+    def load(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
+        """The same of tensors that nobody trains and nobody else keeps: in one piece of memory, and in few calls."""
+        dtypes = {name: self._dtype(name, tensor, host) for name, tensor in tensors.items()}
+        others = {
+            name: tensor
             for name, tensor in tensors.items()
+            if tensor.numel() and (tensor.dtype, tensor.device) != (dtypes[name], host.device)
         }
+        copies = in_one_piece(list(others.values()), [dtypes[name] for name in others], host.device)
+        given = {**tensors, **dict(zip(others, copies, strict=True))}
+        return self._bound(given, host).compact(given.values())
+
+    def _bound(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
+        """Without its size."""
+        placed = {name: _placed(tensor, host, self._dtype(name, tensor, host)) for name, tensor in tensors.items()}
         weights = AdapterWeights.of(self.parts, placed, host)
-        head = self.task.bind(self.head, placed)
-        return TaskAdapter(weights, self.task, self.head, head, self.labels, weights.nbytes + memory(head))
+        return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, 0)
+
+    def _dtype(self, name: str, tensor: Tensor, host: Host) -> torch.dtype:
+        return tensor.dtype if name.startswith(HEAD) else host.dtype
+
+
+def _placed(tensor: Tensor, host: Host, dtype: torch.dtype) -> Tensor:
+    """On the backbone's device; a call that does nothing costs as much as some that do."""
+    return tensor if (tensor.device, tensor.dtype) == (host.device, dtype) else tensor.to(host.device, dtype)
 
 
 def task_named(name: str) -> AnyTask:

@@ -138,6 +138,10 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
     def loss(self, outputs: Any, targets: Tensor) -> Tensor:
         """The scalar that training minimizes."""
 
+    def check_measurable(self, labels: Sequence[str]) -> None:
+        """Raises InvalidRequest where an adapter with these labels cannot be measured on examples. Here: all can."""
+        return
+
     @abstractmethod
     def measure(self, examples: Sequence[ExampleT], predictions: Sequence[Any]) -> Report:
         """How good the answers, asked with `measured`, to the examples' inputs are."""

@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
+from server.errors import InvalidRequest
 from server.tasks import metrics
 from server.tasks.base import Restore, need_labels
 from server.tasks.classification import activated
@@ -56,11 +57,16 @@ class Regression(TextTask[PooledConfig, ClassifyOptions, MeasuredText]):
         return [[LabelScore(label, value) for label, value in zip(labels, row, strict=False)] for row in values]
 
     def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
-        """Whether all numbers are close."""
-        return all(
+        """Whether they are as many, and all are close."""
+        return len(one) == len(other) and all(
             abs(a.score - b.score) <= AGREEMENT * (1 + max(abs(a.score), abs(b.score)))
             for a, b in zip(one, other, strict=True)
         )
+
+    def check_measurable(self, labels: Sequence[str]) -> None:
+        """One number."""
+        if len(labels) != 1:
+            raise InvalidRequest(f"rows have one number, the adapter gives {len(labels)}")
 
     def labels(self, examples: Sequence[MeasuredText]) -> tuple[str, ...]:
         """One."""

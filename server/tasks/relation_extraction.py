@@ -63,11 +63,8 @@ class RelationExtraction(
 
     def apply(self, head: Layers, states: TextStates, start: int, end: int) -> Tensor:
         """Outputs [texts, labels]."""
-        pieces = [
-            states.own(text)[first:last].float().mean(0)
-            for text in range(start, end)
-            for first, last in states.spans[text]
-        ]
+        texts = [(states.own(text), states.spans[text]) for text in range(start, end)]
+        pieces = [own[first:last].float().mean(0) for own, spans in texts for first, last in spans]
         return head(torch.stack(pieces).view(end - start, -1))  # the two of a text side by side
 
     def check_input(self, text: TextInput) -> None:

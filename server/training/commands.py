@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
+from server.client_key import ApiKey, bearer
 from server.core import Pooling
 from server.errors import AdapterdError, InvalidRequest
 from server.training.options import TrainOptions
@@ -103,6 +104,7 @@ def evaluate_command(
     adapter: Annotated[str, typer.Option(help="The adapter's name.")],
     data: Annotated[Path, typer.Option(help="Rows, JSON Lines, in the form of its task: see docs/tasks.md.")],
     url: Annotated[str, typer.Option(help="Where adapterd serves.")] = "http://127.0.0.1:8000",
+    api_key: ApiKey = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for one answer.")] = 60.0,
     as_json: _Json = False,
 ) -> None:
@@ -114,7 +116,7 @@ def evaluate_command(
         from server.training.evaluate import evaluate, served_task
 
         try:
-            client = httpx.Client(base_url=url, timeout=timeout)
+            client = httpx.Client(base_url=url, headers=bearer(api_key), timeout=timeout)
         except httpx.InvalidURL as error:
             raise InvalidRequest(f"--url {url}: {error}", param="url") from error
         with client:

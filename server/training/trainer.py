@@ -5,8 +5,8 @@ At every step the tensors are bound and applied by the same code that serves the
 
 import asyncio
 import math
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +22,14 @@ from server.adapters.plan import AdapterPlan, Segment
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import Tokenizer
-from server.core import BackboneSpec, Encoding, WindowPooling
-from server.errors import Conflict, InvalidRequest
+from server.core import BackboneSpec, Encoding, TextInput, WindowPooling
+from server.errors import Conflict, InvalidRequest, TooLarge
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, Training
 from server.store.names import check_name
 from server.store.releases import Plan, Release
 from server.store.store import AdapterStore
 from server.tasks.adapter import Blueprint, TaskAdapter, task_named
-from server.tasks.base import AnyTask, Outputs, Window
+from server.tasks.base import Outputs, Window
 from server.tasks.dataset import Dataset, read_dataset
 from server.tasks.metrics import Report
 from server.training.options import TrainOptions
@@ -90,13 +90,14 @@ def train(options: TrainOptions) -> TrainResult:
         labels=labels,
         spec=backbone.spec,
     )
+    windows = _windows(backbone.tokenizer, blueprint, test, str(options.eval)) if test else []
     tensors, losses = fit(backbone, blueprint, data, options)
 
     # Whatever it was trained in, its outputs are recorded as precisely as can be.
     if backbone.dtype != torch.float32:
         backbone = Backbone.load(options.backbone, device=options.device, dtype="float32")
     adapter = blueprint.bind(tensors, backbone)
-    measured = measure(backbone, adapter, test) if test else None
+    measured = measure(backbone, adapter, test, windows) if test else None
     artifact = Artifact.build(_manifest(options, data, blueprint, measured, _golden(backbone, adapter)), tensors)
 
     release = None
@@ -120,20 +121,16 @@ def outputs(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding])
     return adapter.task.apply(adapter.head, states, 0, len(texts))
 
 
-def measure(backbone: Backbone, adapter: TaskAdapter, data: Dataset[Any]) -> Report:
-    """Measures an adapter without a server. Long texts are cut, or run in windows, as a server would do it."""
-    task, tokenizer, reserved = adapter.task, backbone.tokenizer, adapter.weights.framing.positions
-    inputs = [text for example in data.examples for text in example.inputs()]
-    if task.windowed:
-        windows = tokenizer.windows(inputs, reserved=reserved)
-    else:
-        windows = [[one] for one in tokenizer.encode(inputs, truncate=True, reserved=reserved, aligned=task.aligned)]
+def measure(
+    backbone: Backbone, adapter: TaskAdapter, data: Dataset[Any], windows: Sequence[Sequence[Encoding]]
+) -> Report:
+    """Measures an adapter without a server. `windows` are those of each input in the data."""
     answers = iter(_fetched(backbone, adapter, [encoding for own in windows for encoding in own]))
     predictions = [
-        adapter.read(text, [Window(one, next(answers)) for one in own], task.measured, WindowPooling.MEAN)
-        for text, own in zip(inputs, windows, strict=True)
+        adapter.read(text, [Window(one, next(answers)) for one in own], adapter.task.measured, WindowPooling.MEAN)
+        for text, own in zip(_inputs(data.examples), windows, strict=True)
     ]
-    return task.measure(data.examples, predictions)
+    return adapter.task.measure(data.examples, predictions)
 
 
 def fit(
@@ -145,9 +142,11 @@ def fit(
     # All randomness comes from here: which tensors to start from and which rows share a step.
     generator = torch.Generator().manual_seed(options.seed)
     fresh = blueprint.init(backbone, generator)
+    if not fresh:
+        raise InvalidRequest(f"{options.method} has nothing to train for {task.name}", param="method")
     tensors = {name: tensor.to(backbone.device).requires_grad_() for name, tensor in fresh.items()}
-    reserved = blueprint.bind(tensors, backbone).weights.framing.positions
-    texts = _encoded(_tokenizer(options, backbone), task, examples, reserved, str(options.data))
+    encoded = iter(_encoded(_tokenizer(options, backbone), blueprint, examples, str(options.data)))
+    texts = [[next(encoded) for _ in example.inputs()] for example in examples]
     optimizer = torch.optim.AdamW(tensors.values(), lr=options.learning_rate, weight_decay=options.weight_decay)
     steps = options.epochs * -(-len(examples) // options.batch_size)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(options.warmup * steps), steps)
@@ -181,17 +180,36 @@ def fit(
     return restore({name: tensor.detach().cpu() for name, tensor in tensors.items()}), losses
 
 
-def _encoded(
-    tokenizer: Tokenizer, task: AnyTask, examples: Sequence[Any], reserved: int, source: str
-) -> list[list[Encoding]]:
-    """The inputs of each example, cut to what the adapter leaves of the backbone's length."""
-    inputs = [example.inputs() for example in examples]
-    flat = [text for own in inputs for text in own]
+def _inputs(examples: Sequence[Any]) -> list[TextInput]:
+    return [text for example in examples for text in example.inputs()]
+
+
+def _encoded(tokenizer: Tokenizer, blueprint: Blueprint, examples: Sequence[Any], source: str) -> list[Encoding]:
+    """The inputs of all examples, cut to what the adapter leaves of the backbone's length."""
+    with _named(source):
+        return tokenizer.encode(
+            _inputs(examples),
+            truncate=True,
+            reserved=blueprint.framing.positions,
+            aligned=blueprint.task.aligned,
+        )
+
+
+def _windows(tokenizer: Tokenizer, blueprint: Blueprint, data: Dataset[Any], source: str) -> list[list[Encoding]]:
+    """Each input in windows, or cut, as a server would do it."""
+    if not blueprint.task.windowed:
+        return [[one] for one in _encoded(tokenizer, blueprint, data.examples, source)]
+    with _named(source):
+        return tokenizer.windows(_inputs(data.examples), reserved=blueprint.framing.positions)
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Inputs that cannot be encoded are reported with the file that they are in."""
     try:
-        encodings = iter(tokenizer.encode(flat, truncate=True, reserved=reserved, aligned=task.aligned))
-    except InvalidRequest as error:
+        yield
+    except (InvalidRequest, TooLarge) as error:
         raise InvalidRequest(f"{source}: {error.param}: {error.message}", param=source) from error
-    return [[next(encodings) for _ in own] for own in inputs]
 
 
 def _fetched(backbone: Backbone, adapter: TaskAdapter, texts: Sequence[Encoding]) -> list[Tensor]:
@@ -220,8 +238,8 @@ def _tokenizer(options: TrainOptions, backbone: Backbone) -> Tokenizer:
 def _golden(backbone: Backbone, adapter: TaskAdapter) -> Golden:
     """Outputs of a few texts, to the sixth decimal: float32 is not sure of more."""
     inputs = [adapter.task.sample(text) for text in GOLDEN_TEXTS]
-    reserved = adapter.weights.framing.positions
-    rows = _fetched(backbone, adapter, backbone.tokenizer.encode(inputs, truncate=True, reserved=reserved))
+    room = adapter.weights.framing.positions
+    rows = _fetched(backbone, adapter, backbone.tokenizer.encode(inputs, truncate=True, reserved=room))
     recorded = tuple(tuple(round(value, 6) for value in row.flatten().tolist()) for row in rows)
     return Golden(texts=GOLDEN_TEXTS, outputs=recorded)
 

@@ -2,7 +2,7 @@
 
 import base64
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,9 +32,17 @@ class OpenAIError(BaseModel):
     error: OpenAIErrorInfo
 
 
+CODES: Mapping[str, str] = {
+    "adapter_not_found": "model_not_found",
+    "unauthorized": "invalid_api_key",
+    "rate_limited": "rate_limit_exceeded",
+}
+"""Our codes of errors -> OpenAI's, of those that it has another name for."""
+
+
 def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     """An error as OpenAI answers it: 400 for whatever is wrong with a request. Its clients would try 409 again."""
-    code = "model_not_found" if body.code == "adapter_not_found" else body.code
+    code = CODES.get(body.code, body.code)
     info = OpenAIErrorInfo(message=body.message, type=body.type, param=body.param, code=code)
     return CLIENT_ERRORS.get(status, status), OpenAIError(error=info).model_dump()
 
@@ -56,7 +64,7 @@ class EmbeddingsBody(Body):
 
     model: str = Field(description="An adapter, or the backbone's name: the backbone alone.")
     input: Annotated[Texts, BeforeValidator(_no_tokens)]
-    encoding_format: Literal["float", "base64"] = "float"
+    encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, ge=1)
     user: str | None = Field(None, max_length=1024, description="Has the same version while shares of traffic stay.")
 

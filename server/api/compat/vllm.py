@@ -14,6 +14,7 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, Field
 
+from server.api.access.principal import made_by
 from server.api.compat.common import CLIENT_ERRORS, ask, error_answers, request_id
 from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
@@ -45,6 +46,9 @@ TYPES: Mapping[str, str] = {
     "not_found_error": "NotFoundError",
     "invalid_user_input": "InvalidUserInput",
     "overloaded_error": "TooManyRequestsError",
+    "rate_limit_error": "TooManyRequestsError",
+    "authentication_error": "AuthenticationError",
+    "permission_error": "PermissionDeniedError",
     "unavailable_error": "ServiceUnavailableError",
     "server_error": "InternalServerError",
 }
@@ -162,14 +166,14 @@ async def load(body: LoadBody, engine: EngineDep, settings: SettingsDep) -> str:
         )
     async with engine.upload_turn:
         files = await asyncio.to_thread(_read, body.lora_path, settings)
-        await engine.publish(body.lora_name, Upload(files, note="load_lora_adapter"), by="http")
+        await engine.publish(body.lora_name, Upload(files, note="load_lora_adapter"), by=made_by())
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload(body: UnloadBody, engine: EngineDep) -> str:
     """Take an adapter out of service. Its versions and its history stay."""
-    await engine.delete(body.lora_name, by="http", note="unload_lora_adapter", after=None)
+    await engine.delete(body.lora_name, by=made_by(), note="unload_lora_adapter", after=None)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 

@@ -14,6 +14,12 @@ from server.errors import AdapterdError, InvalidAdapter, TooLarge
 MAX_FILES = 256
 """Files in one upload; a checkpoint has a handful."""
 
+MAX_MEMBERS = 16 * MAX_FILES
+"""Members of an archive, folders among them: zipfile and tarfile make an object of each."""
+
+ZIP_ENTRY = b"PK\1\2"
+"""Before each entry of a zip's directory; zipfile reads no entry that does not begin with it."""
+
 MAX_JSON_BYTES = 4 * 1024 * 1024
 """A manifest of ten thousand long labels fits."""
 
@@ -82,6 +88,8 @@ _Members = Iterator[tuple[str, Callable[[], IO[bytes]]]]
 
 
 def _zip(data: bytes, room: int) -> _Members:
+    if data.count(ZIP_ENTRY) > MAX_MEMBERS:  # before zipfile reads the directory, which it does as a whole
+        raise _too_many()
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         for info in archive.infolist():
             if info.is_dir():
@@ -101,13 +109,19 @@ def _tar(data: bytes, room: int) -> _Members:
         unpacked = stream.read(limit + 1)
     _within(limit, len(unpacked))
     with tarfile.open(fileobj=io.BytesIO(unpacked), mode="r:", encoding="utf-8", errors="strict") as archive:
-        for member in archive:
+        for count, member in enumerate(archive):
+            if count == MAX_MEMBERS:
+                raise _too_many()
             if member.isdir():
                 continue
             if not member.isreg():
                 raise InvalidAdapter(f"{member.name!r} is not a plain file", param=member.name, code="bad_file")
             # extractfile gives None for what is not a file, which has been refused above
             yield member.name, cast(Callable[[], IO[bytes]], partial(archive.extractfile, member))
+
+
+def _too_many() -> InvalidAdapter:
+    return InvalidAdapter(f"the archive has more than {MAX_MEMBERS} members", param="files", code="bad_file")
 
 
 def _safe(name: str) -> str:

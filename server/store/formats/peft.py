@@ -169,10 +169,8 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
     for name, theirs in names.items():
         if kind is None and name.startswith("pooler."):
             checkpoint.skip(theirs)  # no pooling that is read here goes through it
-        if method == "p_tuning" and name.startswith(
-            "prompt_encoder."
-        ):  # what the stored prompt has been through already
-            checkpoint.skip(theirs)
+        if method == "p_tuning" and name.startswith("prompt_encoder."):
+            checkpoint.skip(theirs)  # what the stored prompt has been through already
         # PEFT adds whole embeddings to a checkpoint that targets them
         if checkpoint.is_left(theirs) and checkpoint.is_frozen(theirs, name):
             checkpoint.skip(theirs)
