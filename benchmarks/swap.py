@@ -32,7 +32,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import httpx
 import torch
 import uvloop
 from transformers.utils import logging
@@ -51,9 +50,10 @@ from benchmarks.serving import (
     print_report,
     say,
     serve,
+    upload_request,
 )
 from server.backbone.backbone import Backbone
-from server.store.artifact import MANIFEST, TENSORS, Artifact
+from server.store.artifact import Artifact
 
 ADAPTERS = 8
 VERSIONS = 4
@@ -177,13 +177,6 @@ class Checker:
             return f"{name}: the labels {list(scores)} are not those of version {version.digest}"
         off = max(abs(score - version.scores[text][label]) for label, score in scores.items())
         return f"{name}: a score is off by {off:.3f}" if off > TOLERANCE else None
-
-
-def upload_request(name: str, artifact: Artifact) -> bytes:
-    """PUT of an adapter's two files."""
-    files = [("files", (MANIFEST, artifact.manifest_bytes)), ("files", (TENSORS, artifact.tensor_bytes))]
-    form = httpx.Request("PUT", "http://any", files=files)
-    return http_request("PUT", f"/admin/adapters/{name}", form.read(), form.headers["content-type"])
 
 
 async def set_up(

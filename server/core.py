@@ -378,6 +378,29 @@ class Long:
     pooling: WindowPooling = WindowPooling.MEAN
 
 
+class Priority(StrEnum):
+    """How urgent a request is, the most urgent first: what waits of one runs before what waits of the next."""
+
+    HIGH = "high"
+    NORMAL = "normal"
+    LOW = "low"
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How work stands in the queue."""
+
+    priority: Priority = Priority.NORMAL
+    deadline: float | None = None
+    """On the queue's clock, in seconds: from then on nobody wants the answer."""
+    strict: bool = False
+    """Rows that fail together fail: for proofs. Else they are tried apart."""
+
+
+PLAIN = Terms()
+"""Nothing special."""
+
+
 @dataclass(frozen=True, slots=True)
 class TaskRequest:
     """Inputs for some adapters, each of which answers all of them."""
@@ -393,6 +416,9 @@ class TaskRequest:
     """The version to answer, whatever is released; else one that the last release names."""
     routing_key: str = ""
     """Requests with the same key get the same version while the shares of traffic stay."""
+    priority: Priority = Priority.NORMAL
+    timeout_seconds: float | None = None
+    """How long the answer may take."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,12 +12,16 @@ AdapterdError
 ├── Conflict                409  somebody else released at the same moment
 ├── RefusedRelease          409  an upload does worse than what serves
 ├── TooLarge                413  a text, a list or a body over its limit
-├── Overloaded              429  the queue is full; carries Retry-After
+├── Overloaded              429  the queue is full, or too long for the request's deadline; carries Retry-After
+├── ClientGone              499  the client hung up; nobody reads this
 ├── StoreUnavailable        503  the store failed; carries Retry-After
 ├── IssuerUnavailable       503  a token cannot be checked now; carries Retry-After
 ├── MemoryFull              503  all adapters in memory are in use; carries Retry-After
 ├── OverBudget              507  an adapter is larger than the memory for adapters
-├── ShuttingDown            503
+├── ShuttingDown            503  carries Retry-After
+├── DeviceStopped           503  the device's thread has died; only a restart helps
+├── AdapterQuarantined      503  an adapter failed again and again; carries Retry-After
+├── DeadlineExceeded        504  the answer was not there in time
 ├── CorruptVersion          500  a stored version that is not what its name says
 ├── NotFiniteOutput         500  an adapter overflowed on this text
 ├── UnservableAdapter       500  a stored version that was made for another backbone
@@ -133,12 +137,20 @@ class TooLarge(AdapterdError):
 
 
 class Overloaded(AdapterdError):
-    """The queue is full; the client should come back."""
+    """The queue is full, or too long for the request's deadline; the client should come back."""
 
     status = 429
     type = "overloaded_error"
     code = "overloaded"
     retry_after = 1
+
+
+class ClientGone(AdapterdError):
+    """The client closed the connection before the answer was there."""
+
+    status = 499
+    type = "invalid_request_error"
+    code = "client_closed_request"
 
 
 class StoreUnavailable(AdapterdError):
@@ -182,6 +194,30 @@ class ShuttingDown(AdapterdError):
     type = "unavailable_error"
     code = "shutting_down"
     retry_after = 5
+
+
+class DeviceStopped(AdapterdError):
+    """The thread that owns the device has died."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "device_stopped"
+
+
+class AdapterQuarantined(AdapterdError):
+    """An adapter has failed on the device again and again, and is left out for a while."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "adapter_quarantined"
+
+
+class DeadlineExceeded(AdapterdError):
+    """The answer was not there when the request's time was over."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class CorruptVersion(AdapterdError):

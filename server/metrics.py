@@ -62,8 +62,19 @@ class Metrics:
         self.queue_seconds = Histogram(
             "adapterd_queue_seconds", "Wait of a text from admission to its batch.", buckets=SECONDS, registry=registry
         )
-        self.queue_tokens = Gauge("adapterd_queue_tokens", "Tokens waiting for a batch.", registry=registry)
-        self.rejected = Counter("adapterd_rejected", "Requests refused with 429.", registry=registry)
+        self.queue_tokens = Gauge(
+            "adapterd_queue_tokens", "Tokens waiting for a batch.", ["priority"], registry=registry
+        )
+        self.throughput = Gauge(
+            "adapterd_throughput_tokens", "Tokens a second while work waits, smoothed.", registry=registry
+        )
+        self.batch_budget = Gauge("adapterd_batch_budget_tokens", "Token budget of a batch now.", registry=registry)
+        self.rejected = Counter("adapterd_rejected", "Requests refused unrun.", ["reason"], registry=registry)
+        self.expired = Counter("adapterd_expired", "Requests whose deadline passed.", registry=registry)
+        self.cancelled = Counter("adapterd_cancelled", "Requests whose client hung up.", registry=registry)
+        self.quarantined = Gauge(
+            "adapterd_quarantined_adapters", "Versions in quarantine.", ["adapter"], registry=registry
+        )
         self.adapters_resident = Gauge(
             "adapterd_adapters_resident", "Adapter versions in memory.", ["memory"], registry=registry
         )

@@ -4,6 +4,7 @@ import asyncio
 import ctypes
 import gc
 import json
+import math
 import socket
 import ssl
 import sys
@@ -26,15 +27,15 @@ GREETING_SECONDS = 5.0
 
 TRIM_SECONDS = 5.0
 
+LAST_ANSWERS_SECONDS = 1.0
+"""How long the requests that are cut off in the end may take to be answered with 503."""
+
 ARENAS = 2
 """Of glibc's malloc, whose threads take turns on them. It gives eight to each core, and each keeps holes of its own;
 but Python's threads allocate little at the same time."""
 
 M_ARENA_MAX = -8
 """mallopt's name for their number, from malloc.h."""
-
-SHUTDOWN_SECONDS = 30
-"""How long requests may take to end once a signal has come; what still runs then gets no answer."""
 
 
 class _Server(uvicorn.Server):
@@ -55,7 +56,18 @@ class _Server(uvicorn.Server):
             print(await _greeting(self.config.app, url), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
+        connections are refused."""
+        assert isinstance(self.config.app, FastAPI)
+        engine: Engine = self.config.app.state.engine
+        settings: Settings = self.config.app.state.settings
+        loop = asyncio.get_running_loop()
+        told = loop.time()
+        engine.drain()
+        await asyncio.sleep(min(settings.shutdown_delay_seconds, settings.shutdown_grace_seconds))
+        cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
         await super().shutdown(sockets)
+        cutting.cancel()
         await asyncio.to_thread(self._warm_up.stop)
 
 
@@ -97,7 +109,8 @@ def run(settings: Settings) -> int:
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
         log_config=None,
         access_log=False,
-        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        # In shutdown() above, requests are told to end before uvicorn cuts their connections.
+        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS),
     )
     try:
         config.load()

@@ -4,14 +4,28 @@ Each field is an environment variable with the prefix ADAPTERD_ (`ADAPTERD_PORT`
 flag of the same name, the flag wins.
 """
 
-from typing import Literal
+import json
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, SecretStr, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import BeforeValidator, Field, SecretStr, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
 LogFormat = Literal["auto", "console", "json"]
+
+
+def _from_json(value: Any) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+
+
+Weights = Annotated[
+    dict[str, Annotated[float, Field(gt=0, allow_inf_nan=False)]], NoDecode, BeforeValidator(_from_json)
+]
 
 
 class Settings(BaseSettings):
@@ -61,11 +75,63 @@ class Settings(BaseSettings):
         "make everyone wait longer; raise it while `adapterd_batch_tokens` sits at the budget and throughput still "
         "grows. A longer single text runs alone.",
     )
+    max_batch_ms: float = Field(
+        100.0,
+        gt=0,
+        description="How long a forward pass should take while work waits: on a slow device its budget is less than "
+        "`max_batch_tokens`, down to 256, so that requests of a quiet adapter do not wait long for a hot one's. See "
+        "`adapterd_batch_budget_tokens` and `adapterd_batch_seconds`.",
+    )
     max_queue_tokens: int = Field(
         65_536,
         ge=1,
         description="Tokens that may wait; beyond that requests get 429. Set it to the tokens per second you measure "
         "(`adapterd_tokens_total`) times the wait you accept (`adapterd_queue_seconds`).",
+    )
+    max_batch_delay_ms: float = Field(
+        0.0,
+        ge=0,
+        description="How long a batch that is not full waits for more. 0: not at all, a free device takes what there "
+        "is. Raise it only where `adapterd_batch_texts` is small, `adapterd_batch_seconds` hardly grows with it, and "
+        "the wait does not matter.",
+    )
+    adapter_weights: Weights = Field(
+        {},
+        description='Shares of the device where it is short, as JSON: `{"search-*": 4, "batch-*": 0.5}`. The first '
+        "pattern that fits an adapter's name counts; others have 1. `adapterd_tokens_total` tells what each gets.",
+    )
+    priority_aging_seconds: float = Field(
+        5.0,
+        gt=0,
+        description="How long work of a lower priority may be passed over; then it gets a quarter of each batch. "
+        "`adapterd_queue_tokens` tells by priority what waits.",
+    )
+    request_timeout_seconds: float = Field(
+        60.0,
+        gt=0,
+        description="How long a request to a task may take; then 504. A request may ask for less. See "
+        "`adapterd_expired_total`.",
+    )
+    quarantine_failures: int = Field(
+        3,
+        ge=1,
+        description="Batches in a row in which every text of an adapter fails, before requests for it get 503. See "
+        "`adapterd_quarantined_adapters`.",
+    )
+    quarantine_seconds: float = Field(
+        30.0, gt=0, description="Pause before a request is let through to an adapter in quarantine, to try it."
+    )
+    shutdown_delay_seconds: float = Field(
+        1.0,
+        ge=0,
+        description="After SIGTERM, how long the port stays open: `/readyz` says 503, so that load balancers notice, "
+        "and new requests to tasks get 503 and a closed connection instead of a refused one.",
+    )
+    shutdown_grace_seconds: float = Field(
+        25.0,
+        gt=0,
+        description="After SIGTERM, how long requests under way may take, the delay included; what is left then gets "
+        "503. Less than what kills the process: 30 s on Kubernetes, 10 with `docker stop`.",
     )
     max_inputs: int = Field(256, ge=1, description="Texts in one request; beyond that 413.")
     max_body_bytes: int = Field(
@@ -136,3 +202,7 @@ class Settings(BaseSettings):
                 if getattr(self, name) is not None:
                     raise ValueError(f"ADAPTERD_{name.upper()} does nothing without ADAPTERD_SSL_CERTFILE")
         return self
+
+    def weight(self, adapter: str) -> float:
+        """An adapter's share of the device."""
+        return next((weight for name, weight in self.adapter_weights.items() if fnmatchcase(adapter, name)), 1.0)

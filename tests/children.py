@@ -64,7 +64,7 @@ async def _publish_forever(folder: str, choices: random.Random, told: Connection
         told.send(("version", name, version))
         told.send(("releasing", name))
         release = await store.release(name, Plan.only(version), by="child")
-        told.send(("release", name, release.model_dump_json()))
+        told.send(("release", name, release.file()))
 
 
 # ---------------------------------------------------------------------------------------------------------- serving

@@ -754,6 +754,12 @@ class Held:
         assert self.gate.wait(30)
         return list(self._run(rows))
 
+    @property
+    def waiting(self) -> int:
+        """Texts in the queue."""
+        with self._worker._changed:
+            return len(list(self._worker._scheduler.waiting()))
+
     def wait_for(self, condition: Callable[[], bool]) -> None:
         end = time.monotonic() + 30
         while not condition():
@@ -795,7 +801,7 @@ def test_every_method_of_every_library_in_one_batch(
             name: pool.submit(classify, tiny_client, name, reference.texts) for name, reference in references.items()
         }
         waiting = sum(len(reference.texts) for reference in references.values())
-        held.wait_for(lambda: len(worker._scheduler._queue) == waiting)
+        held.wait_for(lambda: held.waiting == waiting)
         held.gate.set()
         assert first.result().status_code == 200
         answers = {name: request.result() for name, request in requests.items()}

@@ -44,7 +44,7 @@ class Acknowledged:
         if kind == "version":
             self.versions.add((name, content))
         if kind == "release":
-            release = Release.model_validate_json(content)
+            release = Release.read(content)
             self.releases[name, release.number] = release
 
     def ended(self) -> None:

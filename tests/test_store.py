@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import FrozenInstanceError, dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from obstore.exceptions import (
     UnauthenticatedError,
 )
 from obstore.store import GCSStore, MemoryStore, S3Store
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from server.errors import (
     Conflict,
@@ -207,9 +207,7 @@ def test_more_than_a_million_releases_keep_their_order(files: Sync, folder: Path
     assert files.releases("a") == [1, 999_999, 1_000_000, 1_000_001]
     assert files.current("a").number == 1_000_001
     for known in (1, 999_999, 1_000_000, 1_000_001):
-        assert files.current("a", files.get_release("a", 1_000_001).model_copy(update={"number": known})).number == (
-            1_000_001
-        )
+        assert files.current("a", replace(files.get_release("a", 1_000_001), number=known)).number == (1_000_001)
     assert files.releases("a", 1) == [999_999, 1_000_000, 1_000_001]
     assert files.releases("a", 999_999) == [1_000_000, 1_000_001]
 
@@ -702,7 +700,7 @@ def test_a_bad_version_reaches_no_store(version: str, files: Sync, folder: Path)
         assert (caught.value.param, caught.value.error_code) == ("version", "invalid_version")
     for fields in ({"traffic": {version: 1.0}}, {"traffic": {MISSING: 1.0}, "shadow": [version]}):
         with pytest.raises(ValidationError):
-            Plan.model_validate(fields)
+            TypeAdapter(Plan).validate_python(fields)
     assert list(folder.iterdir()) == []
 
 
@@ -763,7 +761,8 @@ def test_any_shares_that_add_up_are_a_plan(weights: list[float], shadows: int) -
     traffic = {name: weight / math.fsum(weights) for name, weight in zip(names, weights, strict=False)}
     plan = Plan(traffic=traffic, shadow=tuple(names[len(weights) :]))
     assert plan.versions == tuple(names)
-    assert Plan.model_validate_json(plan.model_dump_json()) == plan
+    stored = TypeAdapter(Plan)
+    assert stored.validate_json(stored.dump_json(plan)) == plan
 
 
 @given(
@@ -801,12 +800,12 @@ A, B, C, *MORE = versions(40)
         ({"traffic": {}, "shadow": (A,)}, "a shadow needs a version that serves"),
         ({"traffic": {A: 1.0}, "shadow": MORE[: MAX_SHADOWS + 1]}, "at most 4 items"),
         ({"traffic": dict.fromkeys(MORE[: MAX_SERVING + 1], 1 / (MAX_SERVING + 1))}, "at most 16 items"),
-        ({"traffic": {A: 1.0}, "mirror": ()}, "Extra inputs are not permitted"),
+        ({"traffic": {A: 1.0}, "mirror": ()}, "Unexpected keyword argument"),
     ],
 )
 def test_what_is_no_plan(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError) as caught:
-        Plan.model_validate(fields)
+        TypeAdapter(Plan).validate_python(fields)
     assert message in str(caught.value)
 
 
@@ -820,7 +819,7 @@ def test_as_many_as_a_plan_may_name() -> None:
 
 def test_a_plan_stays_as_it_is() -> None:
     plan = Plan.only(A)
-    with pytest.raises(ValidationError, match="frozen"):
+    with pytest.raises(FrozenInstanceError):
         plan.shadow = (B,)
     assert plan == Plan(traffic={A: 1.0}, shadow=())
     assert DELETED.versions == ()

@@ -12,6 +12,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import PREFIX_CHARACTERS, SHORTEST_WINDOW, Tokenizer, longest_first
 from server.core import Encoding, TextInput
@@ -237,3 +238,19 @@ def test_marked_characters_lie_in_their_tokens(kind: str, text: str, data: st.Da
         return
     (one,) = ours(kind, 100_000).encode(marked, truncate=True)
     assert one.spans == ((inside[0], inside[-1] + 1),)
+
+
+def test_what_is_cut_off_of_a_pair_is_not_paired(monkeypatch: pytest.MonkeyPatch, minilm: Backbone) -> None:
+    """Each piece of the one with each piece of the other would be gigabytes."""
+    tokenizer = minilm.tokenizer
+    made: list[int] = []
+    finish = tokenizer._finished
+
+    def watched(index: int, text: TextInput, parts: list[Any], **options: Any) -> Encoding:
+        made.append(sum(len(part.overflowing) for part in parts))
+        return finish(index, text, parts, **options)
+
+    monkeypatch.setattr(tokenizer, "_finished", watched)
+    (encoding,) = tokenizer.encode([TextInput("." * 3000, ", " * 3000)], truncate=True)
+    assert len(encoding) == tokenizer.max_tokens
+    assert made[0] <= 2

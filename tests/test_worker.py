@@ -2,17 +2,27 @@
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from server.adapters.base import AdapterWeights
-from server.core import Encoding
+from server.core import AdapterRef, Encoding, Priority, Terms
+from server.engine.quarantine import Quarantine
 from server.engine.runner import Row
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Ticket, Worker
-from server.errors import AdapterdError, Overloaded, ShuttingDown
+from server.errors import (
+    AdapterdError,
+    AdapterQuarantined,
+    DeadlineExceeded,
+    DeviceStopped,
+    MemoryFull,
+    Overloaded,
+    ShuttingDown,
+)
 from server.metrics import Metrics
 from server.tasks import TASKS
 from server.tasks.adapter import TaskAdapter
@@ -30,21 +40,41 @@ def row(whose: TaskAdapter, tokens: int = 3) -> Row:
     return Row(Encoding((1,) * tokens, (0,) * tokens, truncated=False), whose)
 
 
+def ref(whose: TaskAdapter) -> AdapterRef:
+    return AdapterRef(whose.labels[0], "sha256:1", 1)
+
+
+POISON = 13
+"""Tokens of a text that no adapter survives."""
+
+
 class FaultyRunner:
-    """Fails where a batch holds the bad adapter; answers with the adapter's label and the batch's number."""
+    """Fails where a batch holds the bad adapter or a poisonous text; answers with the adapter's label."""
 
     def __init__(self) -> None:
         self.batches: list[list[str]] = []
         self.gate = threading.Event()
         self.gate.set()
-        self.error: Exception = RuntimeError("device lost")
+        self.error: BaseException = RuntimeError("device lost")
+        self.bad = BAD
+        self.fits = 1000
+        """Tokens for which there is memory."""
 
     def run(self, rows: Sequence[Row]) -> list[Any]:
         self.gate.wait(10)
         self.batches.append([row.adapter.labels[0] for row in rows])
-        if any(row.adapter is BAD for row in rows):
+        if sum(row.tokens for row in rows) > self.fits:
+            raise self.error
+        if any(row.adapter is self.bad or row.tokens == POISON for row in rows):
             raise self.error
         return [row.adapter.labels[0] for row in rows]
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
 
 
 @pytest.fixture
@@ -53,9 +83,20 @@ def runner() -> FaultyRunner:
 
 
 @pytest.fixture
-def worker(runner: FaultyRunner) -> Iterator[Worker]:
-    scheduler = Scheduler[QueuedRow](max_batch_tokens=30, max_queue_tokens=60, clock=time.monotonic)
-    worker = Worker(runner, scheduler, Metrics())  # type: ignore[arg-type]
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def worker(runner: FaultyRunner, clock: Clock) -> Iterator[Worker]:
+    scheduler = Scheduler[QueuedRow](max_batch_tokens=30, max_queue_tokens=60, clock=clock)
+    metrics = Metrics()
+    worker = Worker(
+        runner,  # type: ignore[arg-type]
+        scheduler,
+        metrics,
+        Quarantine(metrics, failures=2, pause_seconds=10, clock=clock),
+    )
     worker.start()
     yield worker
     runner.gate.set()
@@ -66,11 +107,21 @@ def result(ticket: Ticket) -> list[Any]:
     return ticket.future.result(timeout=10)
 
 
+def waiting(worker: Worker) -> int:
+    return sum(worker._scheduler.tokens.values())
+
+
+def series(worker: Worker, name: str) -> dict[str, float]:
+    """A series' values by its labels."""
+    samples = [sample for family in worker._metrics.registry.collect() for sample in family.samples]
+    return {",".join(sample.labels.values()): sample.value for sample in samples if sample.name == name}
+
+
 def hold(worker: Worker, runner: FaultyRunner) -> Ticket:
     """Occupies the device until the gate is opened."""
     runner.gate.clear()
     ticket = worker.submit([row(GOOD)])
-    while worker._scheduler.tokens:
+    while waiting(worker):
         time.sleep(0.001)
     return ticket
 
@@ -130,7 +181,6 @@ def test_a_full_queue_refuses(worker: Worker, runner: FaultyRunner) -> None:
     waiting = worker.submit([row(GOOD, 50)])
     with pytest.raises(Overloaded):
         worker.submit([row(GOOD, 20)])
-    assert worker._metrics.rejected._value.get() == 1
     runner.gate.set()
     assert result(waiting) == ["good"]
 
@@ -163,3 +213,201 @@ def test_many_threads_get_their_own_answers(worker: Worker) -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def failure(ticket: Ticket) -> BaseException | None:
+    return ticket.future.exception(timeout=10)
+
+
+def test_a_poisonous_text_fails_alone(worker: Worker, runner: FaultyRunner) -> None:
+    first = hold(worker, runner)
+    tickets = [worker.submit([row(GOOD, tokens)]) for tokens in (2, 3, POISON, 4, 5)]
+    runner.gate.set()
+    assert [failure(ticket) is None for ticket in [first, *tickets]] == [True, True, True, False, True, True]
+    assert len(runner.batches) <= 1 + 1 + 2 * 3  # the first, all five, and two for each time they are halved
+
+
+def test_rows_of_a_request_that_has_failed_are_not_run(worker: Worker, runner: FaultyRunner) -> None:
+    assert failure(worker.submit([row(GOOD, POISON), *[row(GOOD, 2) for _ in range(8)], row(OTHER, 30)])) is not None
+    assert result(worker.submit([row(GOOD)])) == ["good"]
+    assert ["other"] not in runner.batches
+    assert waiting(worker) == 0
+
+
+def test_a_proof_fails_where_its_texts_fail_together(worker: Worker, runner: FaultyRunner) -> None:
+    """Each of them alone might do."""
+    runner.fits = 10
+    rows = [row(GOOD, 6), row(GOOD, 6)]
+    assert result(worker.submit(rows)) == ["good", "good"]
+    assert failure(worker.submit(rows, terms=Terms(strict=True))) is not None
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+        MemoryError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_without_memory_batches_become_smaller(error: Exception, worker: Worker, runner: FaultyRunner) -> None:
+    runner.error, runner.fits = error, 12
+    assert result(worker.submit([row(GOOD, 5)] * 6, [ref(GOOD)] * 6)) == ["good"] * 6
+    assert worker._scheduler.budget < 30
+    too_large = worker.submit([row(GOOD, 20)], [ref(GOOD)])
+    assert isinstance(failure(too_large), MemoryFull)
+    worker.check([ref(GOOD)], 1, Terms())  # nobody's fault
+
+
+def test_the_budget_is_measured(worker: Worker, runner: FaultyRunner) -> None:
+    result(worker.submit([row(GOOD)]))
+    while series(worker, "adapterd_batch_budget_tokens") != {"": 30}:
+        time.sleep(0.001)
+
+
+def fail(worker: Worker, times: int = 1) -> None:
+    for _ in range(times):
+        assert failure(worker.submit([row(BAD)], [ref(BAD)])) is not None
+
+
+def quarantined(worker: Worker) -> dict[str, float]:
+    return series(worker, "adapterd_quarantined_adapters")
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """What the thread does after it has ended a request."""
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_an_adapter_that_keeps_failing_is_left_out(worker: Worker, runner: FaultyRunner, clock: Clock) -> None:
+    fail(worker)
+    assert not quarantined(worker)
+    fail(worker)
+    wait_for(lambda: quarantined(worker) == {"bad": 1})
+    with pytest.raises(AdapterQuarantined, match=r"'bad' is in quarantine: .* \(this batch failed") as refused:
+        worker.check([ref(GOOD), ref(BAD)], 1, Terms())
+    assert refused.value.retry_after == 10
+    worker.check([ref(GOOD)], 1, Terms())
+    worker.check([AdapterRef("bad", "sha256:2", 2)], 1, Terms())  # another version
+
+
+def test_one_request_tries_an_adapter_in_quarantine(worker: Worker, runner: FaultyRunner, clock: Clock) -> None:
+    fail(worker, 2)
+    wait_for(lambda: bool(quarantined(worker)))
+    clock.now += 10
+    worker.check([ref(BAD)], 1, Terms())
+    with pytest.raises(AdapterQuarantined):
+        worker.check([ref(BAD)], 1, Terms())
+    fail(worker)  # the one that was let through
+    wait_for(lambda: worker._quarantine._records["bad", "sha256:1"].failures == 3)
+    clock.now += 9
+    with pytest.raises(AdapterQuarantined):
+        worker.check([ref(BAD)], 1, Terms())
+    clock.now += 1
+    worker.check([ref(BAD)], 1, Terms())
+    runner.bad = OTHER
+    assert result(worker.submit([row(BAD)], [ref(BAD)])) == ["bad"]
+    wait_for(lambda: not quarantined(worker))
+    worker.check([ref(BAD)], 1, Terms())
+
+
+def test_failures_in_a_row_are_needed(worker: Worker, runner: FaultyRunner) -> None:
+    for _ in range(3):
+        fail(worker)
+        runner.bad = OTHER
+        result(worker.submit([row(BAD)], [ref(BAD)]))
+        runner.bad = BAD
+    result(worker.submit([row(GOOD)], [ref(GOOD)]))
+    assert not quarantined(worker)
+
+
+def test_a_text_is_not_its_adapters_fault(worker: Worker, runner: FaultyRunner) -> None:
+    for _ in range(4):
+        first = hold(worker, runner)
+        tickets = [worker.submit([row(GOOD, tokens)], [ref(GOOD)]) for tokens in (POISON, 2)]
+        runner.gate.set()
+        assert [failure(ticket) is None for ticket in (first, *tickets)] == [True, False, True]
+    result(worker.submit([row(OTHER)], [ref(OTHER)]))
+    assert not quarantined(worker)
+
+
+def test_what_waits_for_an_adapter_in_quarantine_is_told_at_once(worker: Worker, runner: FaultyRunner) -> None:
+    fail(worker)
+    first = hold(worker, runner)
+    tickets = [worker.submit([row(BAD, 20)], [ref(BAD)]) for _ in range(2)]
+    runner.gate.set()
+    result(first)
+    assert not isinstance(failure(tickets[0]), AdapterQuarantined)
+    assert isinstance(failure(tickets[1]), AdapterQuarantined)
+    assert runner.batches.count(["bad"]) == 2
+
+
+def test_a_release_ends_quarantine(worker: Worker) -> None:
+    fail(worker, 2)
+    wait_for(lambda: bool(quarantined(worker)))
+    worker._quarantine.lift("good")
+    assert quarantined(worker)
+    worker._quarantine.lift("bad")
+    assert not quarantined(worker)
+    worker.check([ref(BAD)], 1, Terms())
+
+
+def test_what_is_too_late_is_not_run(worker: Worker, runner: FaultyRunner, clock: Clock) -> None:
+    first = hold(worker, runner)
+    late = worker.submit([row(OTHER)], terms=Terms(deadline=clock.now + 5))
+    kept = worker.submit([row(GOOD)], terms=Terms(deadline=clock.now + 15))
+    clock.now += 10
+    runner.gate.set()
+    assert result(first) == result(kept) == ["good"]
+    assert isinstance(failure(late), DeadlineExceeded)
+    assert ["other"] not in runner.batches
+
+
+def test_a_cancelled_request_gives_its_place_up(worker: Worker, runner: FaultyRunner) -> None:
+    hold(worker, runner)
+    gone = worker.submit([row(GOOD, 20), row(OTHER, 20)])
+    with pytest.raises(Overloaded):
+        worker.submit([row(GOOD, 30)])
+    gone.future.cancel()
+    assert waiting(worker) == 0
+    kept = worker.submit([row(GOOD, 30)])
+    assert series(worker, "adapterd_queue_tokens") == {"high": 0, "normal": 30, "low": 0}
+    runner.gate.set()
+    assert result(kept) == ["good"]
+
+
+def test_the_throughput_is_measured_while_work_waits(worker: Worker, runner: FaultyRunner) -> None:
+    result(worker.submit([row(GOOD)]))
+    first = hold(worker, runner)
+    tickets = [worker.submit([row(GOOD, 20)], [ref(whose)]) for whose in (GOOD, OTHER)]
+    tickets.append(worker.submit([row(BAD, 20)], terms=Terms(Priority.HIGH)))
+    assert worker._scheduler.throughput is None
+    runner.gate.set()
+    for ticket in (first, *tickets[:2]):
+        result(ticket)
+    assert failure(tickets[2]) is not None
+    wait_for(lambda: series(worker, "adapterd_throughput_tokens")[""] > 0)
+    assert worker._scheduler.throughput == series(worker, "adapterd_throughput_tokens")[""]
+
+
+class Died(BaseException):
+    """Nothing that a batch may raise."""
+
+
+def test_a_thread_that_dies_leaves_nobody_waiting(worker: Worker, runner: FaultyRunner) -> None:
+    first = hold(worker, runner)
+    tickets = [worker.submit([row(BAD, 20)]) for _ in range(2)]
+    runner.error = Died()
+    runner.gate.set()
+    assert result(first) == ["good"]
+    for ticket in tickets:
+        assert isinstance(failure(ticket), DeviceStopped)
+    wait_for(lambda: not worker._thread.is_alive())
+    assert worker.crashed
+    assert not worker.alive
+    with pytest.raises(DeviceStopped):
+        worker.submit([row(GOOD)])

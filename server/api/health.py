@@ -7,23 +7,25 @@ import server
 from server.adapters import METHODS
 from server.api.deps import EngineDep, MetricsDep, SettingsDep
 from server.api.schemas import BackboneInfo, Info, Limits
-from server.errors import ShuttingDown
+from server.errors import DeviceStopped, ShuttingDown
 from server.tasks import TASKS
 
 router = APIRouter(tags=["operations"])
 
 
 @router.get("/livez")
-async def livez() -> dict[str, str]:
-    """The process answers."""
+async def livez(engine: EngineDep) -> dict[str, str]:
+    """The process answers; 503 where only a restart would help."""
+    if engine.crashed:
+        raise DeviceStopped("the device's thread has died")
     return {"status": "ok"}
 
 
 @router.get("/readyz")
 async def readyz(engine: EngineDep) -> dict[str, str]:
-    """Requests can be answered; 503 where they cannot."""
+    """Requests can be answered; 503 where they cannot, and from the moment on that the server is told to end."""
     if not engine.ready:
-        raise ShuttingDown("the device's thread is not running")
+        raise ShuttingDown("the server is shutting down, or the device's thread is not running")
     return {"status": "ready"}
 
 

@@ -14,6 +14,7 @@ from pydantic import (
     WrapValidator,
 )
 
+from server.api.deps import MAX_TIMEOUT_MS
 from server.api.schemas import Body
 from server.core import (
     Activation,
@@ -28,6 +29,7 @@ from server.core import (
     Long,
     Options,
     Pooling,
+    Priority,
     Span,
     TagOptions,
     TextInput,
@@ -145,6 +147,15 @@ class TaskBody(Body):
     )
     window_pooling: Annotated[WindowPooling, Field(strict=False)] = Field(
         WindowPooling.MEAN, description="How the outputs of a text's windows become one: `mean` or `max`."
+    )
+
+    priority: Annotated[Priority, Field(strict=False)] = Field(
+        Priority.NORMAL,
+        description="`high`, `normal` or `low`: where the device is short, what waits of one runs before what waits of "
+        "the next.",
+    )
+    timeout_ms: int | None = Field(
+        None, ge=1, le=MAX_TIMEOUT_MS, description="How long the answer may take, in milliseconds; then 504."
     )
 
     def cut(self) -> Long | None:

@@ -1,11 +1,12 @@
 """The routes of tasks: /classify /tag /answer /embed, each with the adapter in the payload."""
 
+from dataclasses import replace
 from typing import Any, TypeVar
 
 from asgi_correlation_id import correlation_id
 from fastapi import APIRouter
 
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep, asked_timeout
 from server.api.errors import RESPONSES
 from server.api.task_schemas import (
     Answer,
@@ -30,7 +31,7 @@ from server.engine.engine import Engine
 from server.errors import InvalidRequest, TooLarge
 from server.settings import Settings
 
-router = APIRouter(tags=["tasks"], responses=RESPONSES)
+router = APIRouter(tags=["tasks"], responses=RESPONSES, dependencies=PATIENCE)
 
 AnswerT = TypeVar("AnswerT", bound=Answer[Any])
 AnswersT = TypeVar("AnswersT", bound=Answers[Any])
@@ -72,6 +73,8 @@ async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) 
             long=body.cut(),
             version=body.version,
             routing_key=body.routing_key if body.routing_key is not None else correlation_id.get() or "",
+            priority=body.priority,
+            timeout_seconds=body.timeout_ms / 1000 if body.timeout_ms is not None else None,
         ),
         engine,
         settings,
@@ -79,7 +82,7 @@ async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) 
 
 
 async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[TaskAnswer]:
-    """The engine's answers to a request that is no larger than it may be."""
+    """The engine's answers to a request that is no larger than it may be, as long as its client waits for them."""
     rows = len(request.inputs) * max(len(request.adapters), 1)
     if rows > settings.max_inputs:
         times = f" for {len(request.adapters)} adapters" if len(request.adapters) > 1 else ""
@@ -88,7 +91,8 @@ async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[
             param="inputs",
             code="too_many_inputs",
         )
-    return await engine.run(request)
+    limits = (request.timeout_seconds, asked_timeout(), settings.request_timeout_seconds)
+    return await engine.run(replace(request, timeout_seconds=min(one for one in limits if one is not None)))
 
 
 def rendered(body: TaskBody, answers: list[TaskAnswer], one: type[AnswerT], many: type[AnswersT]) -> AnswerT | AnswersT:

@@ -78,7 +78,7 @@ class Tokenizer:
                 if not truncate:
                     raise self._too_long(index, sum(lengths), room, parts, reserved)
                 for part, kept in zip(parts, longest_first(lengths, room), strict=True):
-                    part.truncate(kept)
+                    _cut(part, kept)
             encodings.append(self._finished(index, text, parts, truncated=truncated, aligned=aligned))
         return encodings
 
@@ -202,6 +202,16 @@ class Tokenizer:
             if len(start) < len(text) and len(raw[index].ids) < 2 * self.max_tokens:
                 raw[index] = self._fast.encode(text, add_special_tokens=False)
         return raw
+
+
+def _cut(part: RawEncoding, kept: int) -> None:
+    """Keeps so many tokens, and nothing of the rest.
+
+    The library hangs what it cuts off on the encoding, in pieces as long as what is kept, and makes a pair of each piece
+    of one text with each of the other: gigabytes of two texts of twenty kilobytes. A second cut leaves one piece.
+    """
+    part.truncate(kept + 1)
+    part.truncate(kept)
 
 
 def longest_first(lengths: Sequence[int], room: int) -> list[int]:

@@ -21,6 +21,7 @@ from server.core import (
     Span,
     TaskAnswer,
     TaskRequest,
+    Terms,
 )
 from server.engine.access import EVERYTHING, Access
 from server.engine.catalog import Catalog
@@ -31,6 +32,7 @@ from server.engine.pipeline import Answered as PipelineAnswer
 from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.proof import Prover
 from server.engine.publishing import Published, Publisher, Upload
+from server.engine.quarantine import Quarantine
 from server.engine.residency import Residency
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -38,8 +40,13 @@ from server.engine.shadows import Answered, Shadows
 from server.engine.worker import QueuedRow, Worker
 from server.errors import (
     AdapterdError,
+    AdapterQuarantined,
     CorruptVersion,
+    DeadlineExceeded,
+    DeviceStopped,
     InvalidRequest,
+    Overloaded,
+    ShuttingDown,
     StoreUnavailable,
     UnservableAdapter,
     WrongTask,
@@ -146,8 +153,16 @@ class Engine:
             max_batch_tokens=settings.max_batch_tokens,
             max_queue_tokens=settings.max_queue_tokens,
             clock=clock,
+            weight=settings.weight,
+            aging_seconds=settings.priority_aging_seconds,
+            delay_seconds=settings.max_batch_delay_ms / 1000,
+            batch_seconds=settings.max_batch_ms / 1000,
         )
-        self._worker = Worker(Runner(backbone), scheduler, metrics)
+        self._clock = clock
+        self._quarantine = Quarantine(
+            metrics, failures=settings.quarantine_failures, pause_seconds=settings.quarantine_seconds, clock=clock
+        )
+        self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine)
         # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
         # texts, each for many adapters, would hold the device for minutes.
         self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
@@ -181,6 +196,10 @@ class Engine:
         self._embedders: dict[Pooling, TaskAdapter] = {}
         """The backbone alone, by what makes a vector of a text's states."""
         self._following: asyncio.Task[None] | None = None
+        self._limits: set[asyncio.Timeout] = set()
+        """Of the requests under way."""
+        self._draining = False
+        self._cut_off = False
 
     @property
     def spec(self) -> BackboneSpec:
@@ -205,12 +224,27 @@ class Engine:
     @property
     def ready(self) -> bool:
         """Whether requests can be answered. The store is not asked: adapters in memory outlive it."""
-        return self._worker.alive
+        return self._worker.alive and not self._draining
+
+    @property
+    def crashed(self) -> bool:
+        """Whether the device's thread has died: no request will ever be answered again."""
+        return self._worker.crashed
 
     def start(self) -> None:
         """Starts the device's thread, and following the store's pins."""
         self._worker.start()
         self._following = asyncio.get_running_loop().create_task(self._pins.follow())
+
+    def drain(self) -> None:
+        """New requests get ShuttingDown from here on; those under way are answered."""
+        self._draining = True
+
+    def cut_off(self) -> None:
+        """Requests under way get ShuttingDown as well."""
+        self._draining = self._cut_off = True
+        for limit in self._limits:
+            limit.reschedule(asyncio.get_running_loop().time())
 
     def stop(self) -> None:
         """Ends every request that still waits, and all threads."""
@@ -226,8 +260,41 @@ class Engine:
     async def run(self, request: TaskRequest) -> list[TaskAnswer]:
         """What each adapter says to all inputs; each from one version: the one asked for, or one of its last release.
 
-        No adapter at all is the bare backbone's answer. Raises WrongTask for an adapter that another route answers.
+        No adapter at all is the bare backbone's answer. Raises WrongTask for an adapter that another route answers,
+        DeadlineExceeded, Overloaded and AdapterQuarantined. Cancelling it gives its place in the queue up.
         """
+        try:
+            return await self._timed(request)
+        except (Overloaded, AdapterQuarantined, ShuttingDown, DeviceStopped) as error:
+            self._metrics.rejected.labels(error.error_code).inc()
+            raise
+        except DeadlineExceeded:
+            self._metrics.expired.inc()
+            raise
+        except asyncio.CancelledError:
+            self._metrics.cancelled.inc()
+            raise
+
+    async def _timed(self, request: TaskRequest) -> list[TaskAnswer]:
+        if self._draining:
+            raise ShuttingDown("the server is shutting down")
+        seconds = request.timeout_seconds
+        terms = Terms(request.priority, None if seconds is None else self._clock() + seconds)
+        limit = asyncio.timeout(seconds)
+        try:
+            async with limit:
+                self._limits.add(limit)
+                return await self._run(request, terms)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            if self._cut_off:
+                raise ShuttingDown("the server is shutting down") from None
+            raise DeadlineExceeded(f"the request took longer than {seconds:g} s") from None
+        finally:
+            self._limits.discard(limit)
+
+    async def _run(self, request: TaskRequest, terms: Terms) -> list[TaskAnswer]:
         self._access.require(*request.adapters)
         chosen = [await self._choose(name, request) for name in request.adapters]
         cut = Cut(request.truncate, request.long)
@@ -235,12 +302,18 @@ class Engine:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
             for name, adapter in zip(request.adapters, adapters, strict=False):
                 _check_route(name, adapter, request.route)
+            refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
             names = request.adapters if len(request.adapters) > 1 else [None]
-            jobs = [Job(adapter, request.options, name) for name, adapter in zip(names, adapters, strict=True)]
+            jobs = [
+                Job(adapter, request.options, ref, name)
+                for ref, name, adapter in zip(refs, names, adapters, strict=True)
+            ]
             for job in jobs:
                 with job.blamed():
                     job.adapter.task.check_options(job.adapter.config, job.options, self.spec)
-            answered = await self._pipeline.answer(jobs, request.inputs, cut, max_tokens=self._max_request_tokens)
+            answered = await self._pipeline.answer(
+                jobs, request.inputs, cut, terms, max_tokens=self._max_request_tokens
+            )
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
             name = choice.ref.name
@@ -248,7 +321,6 @@ class Engine:
             for shadow in choice.shadow:
                 compared = Answered(name, request.inputs, cut, request.options, task, answer.predictions)
                 self._shadows.start(compared, shadow)
-        refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
         return [self._answer(ref, answer, request) for ref, answer in zip(refs, answered, strict=True)]
 
     def _answer(self, ref: AdapterRef | None, answer: PipelineAnswer, request: TaskRequest) -> TaskAnswer:
@@ -303,29 +375,39 @@ class Engine:
     async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
         """See Publisher.publish."""
         self._access.require(name)
-        return await self._publisher.publish(name, upload, by=by)
+        published = await self._publisher.publish(name, upload, by=by)
+        self._quarantine.lift(name)
+        return published
 
     async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.release."""
         self._access.require(name)
-        return await self._publisher.release(name, plan, by=by, note=note, after=after)
+        release = await self._publisher.release(name, plan, by=by, note=note, after=after)
+        self._quarantine.lift(name)
+        return release
 
     async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
         """See Publisher.rollback."""
         self._access.require(name)
-        return await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
+        release = await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
+        self._quarantine.lift(name)
+        return release
 
     async def delete(self, name: str, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.delete."""
         self._access.require(name)
-        return await self._publisher.delete(name, by=by, note=note, after=after)
+        release = await self._publisher.delete(name, by=by, note=note, after=after)
+        self._quarantine.lift(name)
+        return release
 
     async def verify(self, name: str, version: str | None) -> tuple[str, Report]:
         """Reads a version, by default the main one, from the store and proves it anew. Raises what is wrong with it."""
         self._access.require(name)
         if version is None:
             version = self._describe(name, await self._catalog.serving(name)).version
-        return version, await self._publisher.verify(name, version)
+        report = await self._publisher.verify(name, version)
+        self._quarantine.lift(name)
+        return version, report
 
     async def pin(self, name: str) -> None:
         """See Pins.pin."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import stamina
 
-from server.core import Prediction
+from server.core import Prediction, Priority, Terms
 from server.engine.pipeline import Job, Pipeline
 from server.errors import InvalidRequest, Overloaded, RefusedRelease, TooLarge
 from server.tasks.adapter import TaskAdapter
@@ -69,8 +69,9 @@ async def measure(pipeline: Pipeline, adapter: TaskAdapter, data: Dataset[Any]) 
     for start in range(0, len(inputs), CHUNK):
         async for attempt in stamina.retry_context(on=Overloaded, attempts=None, timeout=LONGEST_WAIT_SECONDS):
             with attempt:
+                chunk = inputs[start : start + CHUNK]
                 with _blamed(f" from row {start + 1} on"):
-                    [answered] = await pipeline.answer([job], inputs[start : start + CHUNK])
+                    [answered] = await pipeline.answer([job], chunk, terms=Terms(Priority.LOW))
                 predictions += answered.predictions
     return task.measure(data.examples, predictions)
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from server.backbone.tokenizer import Tokenizer
-from server.core import Encoding, Long, Options, Prediction, TextInput, WindowPooling
+from server.core import PLAIN, AdapterRef, Encoding, Long, Options, Prediction, Terms, TextInput, WindowPooling
 from server.engine.runner import Row
 from server.engine.worker import Worker
 from server.errors import AdapterdError, InvalidRequest, TooLarge
@@ -32,6 +32,8 @@ class Job:
 
     adapter: TaskAdapter
     options: Options
+    ref: AdapterRef | None = None
+    """In whose name it runs; None: the server's own."""
     name: str | None = None
     """What errors call it, where there are others that they could be about."""
 
@@ -74,17 +76,24 @@ class Pipeline:
         self._executor = executor
 
     async def answer(
-        self, jobs: Sequence[Job], inputs: Sequence[TextInput], cut: Cut = Cut(), *, max_tokens: int | None = None
+        self,
+        jobs: Sequence[Job],
+        inputs: Sequence[TextInput],
+        cut: Cut = Cut(),
+        terms: Terms = PLAIN,
+        *,
+        max_tokens: int | None = None,
     ) -> list[Answered]:
         """All inputs through all adapters, in one go.
 
         Raises InvalidRequest for an input that an adapter cannot answer, TooLarge for one that may not be cut, for more
-        scores than an answer holds and for more than `max_tokens` in all windows for all adapters, Overloaded or
-        ShuttingDown.
+        scores than an answer holds and for more than `max_tokens` in all windows for all adapters, and whatever
+        `Worker.submit` does.
         """
         for job in jobs:
             with job.blamed():
                 _check(job, inputs, cut)
+        self._worker.check([job.ref for job in jobs], len(jobs) * len(inputs), terms)
         shared: dict[tuple[int, bool, bool], list[list[Encoding]]] = {}  # adapters that read alike share encodings
         encoded = []
         for job in jobs:
@@ -101,7 +110,8 @@ class Pipeline:
                 code="too_many_tokens",
             )
         rows = [_rows(job, windows) for job, windows in zip(jobs, encoded, strict=True)]
-        answers = iter(await self.run(list(chain.from_iterable(rows))))
+        refs = [job.ref for job, own in zip(jobs, rows, strict=True) for _ in own]
+        answers = iter(await self._run(list(chain.from_iterable(rows)), refs, terms))
         pooling = cut.long.pooling if cut.long else WindowPooling.MEAN
         return [
             Answered(await self._read(job, inputs, windows, [next(answers) for _ in own], pooling), windows)
@@ -109,14 +119,19 @@ class Pipeline:
         ]
 
     async def outputs(self, texts: Sequence[str], adapter: TaskAdapter) -> list[Tensor]:
-        """Raw outputs for some texts, which are cut where they are too long. `texts` are what the task makes of it."""
+        """Raw outputs for some texts, which are cut where they are too long. `texts` are what the task makes of it.
+
+        Raises what goes wrong with any of them, be it only where they run together.
+        """
         inputs = [adapter.task.sample(text) for text in texts]
         windows = await self._encode(inputs, adapter.weights.framing.positions, False, False, truncate=True)
-        return await self.run([Row(text, adapter) for [text] in windows])
+        return await self._run([Row(text, adapter) for [text] in windows], terms=Terms(strict=True))
 
-    async def run(self, rows: Sequence[Row]) -> list[Any]:
-        """An answer to each row: a prediction, or raw outputs. Raises Overloaded or ShuttingDown."""
-        return await asyncio.wrap_future(self._worker.submit(rows).future)
+    async def _run(
+        self, rows: Sequence[Row], refs: Sequence[AdapterRef | None] | None = None, terms: Terms = PLAIN
+    ) -> list[Any]:
+        """An answer to each row: a prediction, or raw outputs."""
+        return await asyncio.wrap_future(self._worker.submit(rows, refs, terms).future)
 
     async def _encode(
         self, inputs: Sequence[TextInput], reserved: int, windowed: bool, aligned: bool, *, truncate: bool

@@ -1,96 +1,465 @@
 """The queue of work in front of the device, and the choice of what runs together.
 
+Adapters take turns by deficit round robin (Shreedhar and Varghese, "Efficient Fair Queuing using Deficit Round Robin",
+SIGCOMM 1995), in the form that lets a turn overdraw ("surplus" round robin: Adiseshu, Parulkar and Varghese, "A
+Reliable and Scalable Striping Protocol", SIGCOMM 1996): at its turn an adapter is credited a quantum times its weight,
+sends while its credit is above zero, and pays off what it has overdrawn with its next turns. Over any time in which two
+adapters have work waiting, the tokens that they get, each divided by its weight, differ by no more than two quanta and
+the two largest units; and within a round each gets its quantum. Batches are cut from that one order, so a batch has
+rows of many adapters.
+
+Priorities are strict: work of a lower one fills what the higher ones leave of a batch. Aging keeps it from starving: a
+priority whose oldest work has waited for too long is served first, with up to a quarter of each batch.
+
+Admission is fair as well. A request is refused for what waits of its own priority and of higher ones, which is what it
+would wait for; and one adapter may queue no more than three times the room that is left (dynamic thresholds: Choudhury
+and Hahne, IEEE/ACM Transactions on Networking, 1998), so that a hot one leaves room for all others.
+
 Knows tokens and order, nothing of tensors, adapters or threads; the engine holds its lock around every call.
 """
 
-from collections import deque
-from collections.abc import Callable, Sequence
+import heapq
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from server.core import Priority, Terms
 from server.errors import Overloaded
+
+QUANTUM = 256
+"""Tokens of credit for a turn, times the adapter's weight. Some texts, so that rows of an adapter come together; and
+an eighth of a batch, so that a newcomer waits for few batches."""
+
+BORROWED = 0.5
+"""Of its quantum: how much an adapter may be charged ahead of its turn, for rows in requests that wait in another's
+queue, while work waits in its own. The other half is left for that, whatever others ask for."""
+
+AGED_SHARE = 0.25
+"""Of a batch: how much a lower priority gets first once its oldest work has waited for too long."""
+
+ROOM_SHARE = 3
+"""How many times the room that is left one adapter may queue. Alone, it fills three quarters of the queue."""
+
+HEADROOM = 1.5
+"""How many times the estimated wait has to fit into what is left until a deadline. The estimate knows what waits now; a
+request that comes later for an adapter with a shorter queue runs before."""
+
+SMOOTHING = 0.1
+"""Weight of the newest batch in the estimate of the throughput."""
+
+SHRUNK_SECONDS = 30.0
+"""How long batches stay small after the device ran out of memory; then their budget doubles, and again."""
 
 
 class Work(Protocol):
-    """One piece of work: what it costs, and whether anybody still waits for it."""
+    """One piece of work: what it costs, and who it is for."""
 
     @property
     def tokens(self) -> int:
         """Its share of a batch's token budget."""
 
     @property
-    def abandoned(self) -> bool:
-        """True once nobody waits for the result; it is dropped instead of run."""
+    def adapter(self) -> str:
+        """In whose name it runs."""
 
 
 WorkT = TypeVar("WorkT", bound=Work)
 
 
+@dataclass(eq=False, slots=True)
+class Unit(Generic[WorkT]):
+    """Pieces that share work where they run together: one text of a request, for each of its adapters.
+
+    It is cut only where it is larger than a whole batch.
+    """
+
+    adapter: str
+    """In whose queue it waits: its first."""
+    pieces: Sequence[WorkT]
+    """Those that have not run."""
+    tokens: int
+    number: int
+    terms: Terms
+    admitted: float
+
+
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[WorkT]):
-    """Work that runs in one go, oldest first, and how long each piece has waited."""
+    """Work that runs in one go, in the order in which it was chosen, and how long each piece has waited."""
 
     work: list[WorkT]
     waits: list[float]  # seconds
     tokens: int
+    backlog: bool
+    """Whether work was left waiting."""
+
+
+@dataclass(eq=False, slots=True)
+class _Flow(Generic[WorkT]):
+    """What waits for one adapter, first come, first served."""
+
+    weight: float
+    units: OrderedDict[int, Unit[WorkT]]
+    tokens: int = 0
+    credit: float = 0.0
+    """Tokens; below zero: a debt."""
+    in_turn: bool = False
+
+    @property
+    def income(self) -> float:
+        """Tokens of credit for a turn."""
+        return QUANTUM * self.weight
+
+
+class _Round(Generic[WorkT]):
+    """The adapters that have work of one priority waiting, or owe for some, in the order of their turns."""
+
+    def __init__(self, weight: Callable[[str], float]) -> None:
+        self._weight = weight
+        self._flows: OrderedDict[str, _Flow[WorkT]] = OrderedDict()
+        self.units: OrderedDict[int, Unit[WorkT]] = OrderedDict()
+        """All that wait, the oldest first."""
+        self.tokens = 0
+
+    def queued(self, adapter: str) -> int:
+        """Tokens in one adapter's queue."""
+        flow = self._flows.get(adapter)
+        return flow.tokens if flow else 0
+
+    def before(self, adapter: str, tokens: int) -> float:
+        """Tokens that run before the last of `tokens` more in an adapter's queue does: what the others have, but no
+        more than turns give them meanwhile."""
+        own = self.queued(adapter) + tokens
+        turns = own / self._weight(adapter)
+        others = (flow for name, flow in self._flows.items() if name != adapter)
+        return own + sum(min(flow.tokens, turns * flow.weight) for flow in others)
+
+    def add(self, unit: Unit[WorkT]) -> None:
+        """At the end of its adapter's queue."""
+        flow = self._flow(unit.adapter)
+        flow.units[unit.number] = self.units[unit.number] = unit
+        flow.tokens += unit.tokens
+        self.tokens += unit.tokens
+
+    def remove(self, unit: Unit[WorkT]) -> None:
+        """Takes it out, wherever it stands."""
+        del self.units[unit.number]
+        flow = self._flows[unit.adapter]
+        del flow.units[unit.number]
+        flow.tokens -= unit.tokens
+        self.tokens -= unit.tokens
+        if not self.units:
+            self._flows.clear()  # with nobody else waiting, nobody owes anything
+        elif not flow.units and flow.credit >= 0:
+            del self._flows[unit.adapter]
+
+    def first(self) -> Unit[WorkT] | None:
+        """What runs next: the oldest unit of the adapter whose turn it is."""
+        passed = 0
+        while self.units:
+            name, flow = next(iter(self._flows.items()))
+            if not flow.in_turn:
+                flow.in_turn = True
+                flow.credit += flow.income
+            if flow.units and flow.credit > 0:
+                return next(iter(flow.units.values()))
+            flow.in_turn = False
+            self._flows.move_to_end(name)
+            if not flow.units and flow.credit >= 0:
+                del self._flows[name]
+            passed += 1
+            if passed > len(self._flows):
+                self._pass_rounds()
+                passed = 0
+        return None
+
+    def take(self, unit: Unit[WorkT], pieces: Sequence[WorkT]) -> None:
+        """Some of the first pieces of a unit run: their adapters are charged, and the rest goes on waiting."""
+        owner = self._flows[unit.adapter]
+        for piece in pieces:
+            owner.credit -= piece.tokens - self._borrow(piece, unit.adapter)
+        if len(pieces) == len(unit.pieces):
+            self.remove(unit)
+            return
+        tokens = sum(piece.tokens for piece in pieces)
+        for tally in (unit, owner, self):
+            tally.tokens -= tokens
+        unit.pieces = unit.pieces[len(pieces) :]
+
+    def _borrow(self, piece: WorkT, owner: str) -> float:
+        """Charges an adapter for a piece in another's queue. What of it was paid that way."""
+        if piece.adapter == owner:
+            return 0.0
+        flow = self._flow(piece.adapter)
+        limit = flow.income * (BORROWED if flow.units else 1.0)
+        paid = min(float(piece.tokens), max(0.0, flow.credit + limit))
+        flow.credit -= paid
+        return paid
+
+    def _pass_rounds(self) -> None:
+        """All adapters with work are in debt: as many rounds at once as pass until the first can send."""
+        waiting = (flow for flow in self._flows.values() if flow.units)
+        rounds = min(math.floor(-flow.credit / flow.income) for flow in waiting)
+        for flow in self._flows.values():
+            flow.credit += rounds * flow.income
+
+    def _flow(self, adapter: str) -> _Flow[WorkT]:
+        if adapter not in self._flows:
+            self._flows[adapter] = _Flow(self._weight(adapter), OrderedDict())
+        return self._flows[adapter]
 
 
 class Scheduler(Generic[WorkT]):
-    """First come, first served, in batches of at most `max_batch_tokens`.
+    """Fair shares of the device by adapter, in batches of at most `max_batch_tokens`.
 
-    Work-conserving: a batch is whatever waits when the device is free, so an idle server starts at once and a busy one
-    batches what arrived meanwhile, with no timer to tune.
+    Work-conserving unless told otherwise: a batch is whatever waits when the device is free, so an idle server starts
+    at once and a busy one batches what arrived meanwhile.
     """
 
-    def __init__(self, *, max_batch_tokens: int, max_queue_tokens: int, clock: Callable[[], float]) -> None:
-        """`clock` gives seconds; only differences count."""
-        self._max_batch_tokens = max_batch_tokens
+    def __init__(
+        self,
+        *,
+        max_batch_tokens: int,
+        max_queue_tokens: int,
+        clock: Callable[[], float],
+        weight: Callable[[str], float] = lambda _: 1.0,
+        aging_seconds: float = math.inf,
+        delay_seconds: float = 0.0,
+        batch_seconds: float = math.inf,
+    ) -> None:
+        """`clock` gives seconds; only differences count. `weight(adapter)`: its share, above 0.
+
+        `aging_seconds`: how long a lower priority may be passed over. `delay_seconds`: how long a batch that is not
+        full waits for more. `batch_seconds`: how long a batch should take while work waits; budgets are made to that
+        measure, but for a quantum at least.
+        """
+        self._max_batch_tokens = self._affordable = max_batch_tokens
+        self._batch_seconds = batch_seconds
         self._max_queue_tokens = max_queue_tokens
         self._clock = clock
-        self._queue: deque[tuple[float, WorkT]] = deque()
-        self._tokens = 0
+        self._aging_seconds = aging_seconds
+        self._delay_seconds = delay_seconds
+        self._rounds = {priority: _Round[WorkT](weight) for priority in Priority}
+        self._numbers = 0
+        self._deadlines: list[tuple[float, int, Unit[WorkT]]] = []
+        self._shrunk_until = 0.0
+        self._throughput: tuple[float, float] | None = None  # smoothed tokens and seconds of a batch
 
     @property
-    def tokens(self) -> int:
-        """Tokens that wait."""
-        return self._tokens
+    def tokens(self) -> dict[Priority, int]:
+        """Tokens that wait, by priority."""
+        return {priority: line.tokens for priority, line in self._rounds.items()}
 
-    def admit(self, work: Sequence[WorkT]) -> None:
-        """Queues the pieces of one request, all or none. Raises Overloaded where they do not fit.
+    @property
+    def budget(self) -> int:
+        """Tokens of a batch, for now."""
+        quick = (self.throughput or math.inf) * self._batch_seconds
+        return int(min(self._affordable, max(QUANTUM, quick)))
+
+    @property
+    def throughput(self) -> float | None:
+        """Tokens a second, of batches that left work waiting: what there is when little is to do tells nothing. None:
+        there was none yet."""
+        return self._throughput[0] / self._throughput[1] if self._throughput else None
+
+    def check(self, adapter: str, tokens: int, terms: Terms) -> None:
+        """Raises Overloaded where a request of so many tokens would be refused now.
 
         An empty queue takes anything, so that a request larger than the queue can be served at all.
         """
-        tokens = sum(piece.tokens for piece in work)
-        if self._queue and self._tokens + tokens > self._max_queue_tokens:
-            raise Overloaded(
-                f"{self._tokens} tokens are waiting and this request adds {tokens}; the server queues at most "
-                f"{self._max_queue_tokens}"
+        ahead = self._ahead(terms.priority)
+        if not ahead:
+            return
+        own = self._rounds[terms.priority].queued(adapter)
+        room = self._max_queue_tokens - ahead
+        if tokens > room:
+            raise self._overloaded(
+                f"{ahead} tokens are waiting and this request adds {tokens}; the server queues at most "
+                f"{self._max_queue_tokens}",
+                ahead,
             )
+        if own + tokens > ROOM_SHARE * room:
+            raise self._overloaded(
+                f"{own} tokens are waiting for adapter {adapter!r} and this request adds {tokens}; {ahead} are waiting "
+                f"in all, so one adapter may queue {ROOM_SHARE * room}",
+                ahead,
+                "adapter_overloaded",
+            )
+        self._check_deadline(adapter, tokens, terms, ahead)
+
+    def admit(self, groups: Sequence[Sequence[WorkT]], terms: Terms) -> list[Unit[WorkT]]:
+        """Queues the units of one request, all or none; each is given as its pieces. Raises Overloaded, see `check`."""
+        self.check(groups[0][0].adapter, sum(piece.tokens for group in groups for piece in group), terms)
         now = self._clock()
-        self._queue.extend((now, piece) for piece in work)
-        self._tokens += tokens
+        units = []
+        for group in groups:
+            self._numbers += 1
+            tokens = sum(piece.tokens for piece in group)
+            unit = Unit(group[0].adapter, group, tokens, self._numbers, terms, now)
+            self._rounds[terms.priority].add(unit)
+            if terms.deadline is not None:
+                heapq.heappush(self._deadlines, (terms.deadline, unit.number, unit))
+            units.append(unit)
+        return units
+
+    def discard(self, units: Iterable[Unit[WorkT]]) -> None:
+        """Nobody waits for these any more: those that have not run leave, and make room."""
+        for unit in units:
+            line = self._rounds[unit.terms.priority]
+            if (waiting := line.units.get(unit.number)) is not None:
+                line.remove(waiting)
+
+    def expire(self) -> list[WorkT]:
+        """Takes what is past its deadline, or would be at the end of the next batch: before it costs anything."""
+        expired: list[WorkT] = []
+        ready = self._clock() + self._seconds(min(self.budget, sum(self.tokens.values())))
+        while self._deadlines and self._deadlines[0][0] <= ready:
+            unit = heapq.heappop(self._deadlines)[-1]
+            line = self._rounds[unit.terms.priority]
+            if (waiting := line.units.get(unit.number)) is not None:
+                expired += waiting.pieces
+                line.remove(waiting)
+        return expired
+
+    def pause(self) -> float | None:
+        """Seconds until the next batch should be taken, for more to come; None: nothing waits."""
+        oldest = min((unit.admitted for line in self._rounds.values() if (unit := _oldest(line))), default=None)
+        if oldest is None:
+            return None
+        if sum(self.tokens.values()) >= self.budget:
+            return 0.0
+        return max(0.0, oldest + self._delay_seconds - self._clock())
 
     def next_batch(self) -> Batch[WorkT] | None:
-        """The oldest work that fits the budget, at least one piece; None if nothing waits."""
+        """What runs next within the budget, at least one piece; None if nothing waits."""
         now = self._clock()
-        work: list[WorkT] = []
-        waits: list[float] = []
-        total = 0
-        while self._queue:
-            admitted, piece = self._queue[0]
-            if not piece.abandoned:
-                if work and total + piece.tokens > self._max_batch_tokens:
-                    break
-                work.append(piece)
-                waits.append(now - admitted)
-                total += piece.tokens
-            self._queue.popleft()
-            self._tokens -= piece.tokens
-        return Batch(work, waits, total) if work else None
+        self._grow(now)
+        budget = self.budget
+        filling = _Filling[WorkT](now)
+        aged = [
+            (oldest.admitted, line)
+            for priority, line in self._rounds.items()
+            if priority is not Priority.HIGH
+            and (oldest := _oldest(line)) is not None
+            and now - oldest.admitted >= self._aging_seconds
+        ]
+        for _, line in sorted(aged, key=lambda one: one[0]):
+            filling.fill(line, filling.tokens + int(AGED_SHARE * budget), budget)
+        for line in self._rounds.values():
+            filling.fill(line, budget, budget)
+        if not filling.work:
+            return None
+        return Batch(filling.work, filling.waits, filling.tokens, backlog=any(self.tokens.values()))
+
+    def ran(self, tokens: int, seconds: float) -> None:
+        """A batch took so long, from the end of the one before, both of which left work waiting."""
+        if self._throughput is None:
+            self._throughput = float(tokens), max(seconds, 1e-9)
+        else:
+            before_tokens, before_seconds = self._throughput
+            self._throughput = (
+                before_tokens + SMOOTHING * (tokens - before_tokens),
+                before_seconds + SMOOTHING * (seconds - before_seconds),
+            )
+
+    def shrink(self) -> None:
+        """The device ran out of memory: for a while, batches have half the budget that they have now."""
+        self._affordable = max(1, self.budget // 2)
+        self._shrunk_until = self._clock() + SHRUNK_SECONDS
+
+    def waiting(self) -> Iterator[WorkT]:
+        """Everything that waits."""
+        for line in self._rounds.values():
+            for unit in line.units.values():
+                yield from unit.pieces
 
     def drain(self) -> list[WorkT]:
         """Takes everything that waits."""
-        work = [piece for _, piece in self._queue]
-        self._queue.clear()
-        self._tokens = 0
+        work = list(self.waiting())
+        for line in self._rounds.values():
+            for unit in list(line.units.values()):
+                line.remove(unit)
+        self._deadlines.clear()
         return work
+
+    def _ahead(self, priority: Priority) -> int:
+        """Tokens that wait of a priority and of those above it."""
+        total = 0
+        for one, line in self._rounds.items():
+            total += line.tokens
+            if one is priority:
+                break
+        return total
+
+    def _check_deadline(self, adapter: str, tokens: int, terms: Terms, ahead: int) -> None:
+        if terms.deadline is None:
+            return
+        left = terms.deadline - self._clock()
+        fits = left / HEADROOM
+        running = self.budget  # tokens of the batch that runs now; nobody counts them
+        if self._seconds(ahead + tokens + running) <= fits:
+            return
+        line = self._rounds[terms.priority]
+        seconds = self._seconds(ahead - line.tokens + line.before(adapter, tokens) + running)
+        if seconds > fits:
+            raise self._overloaded(
+                f"the answer would take about {seconds:.1f} s, {max(left, 0.0):.1f} s are left until the request's "
+                "deadline",
+                ahead,
+                "deadline_unreachable",
+            )
+
+    def _overloaded(self, message: str, ahead: int, code: str | None = None) -> Overloaded:
+        error = Overloaded(message, code=code)
+        error.retry_after = max(1, math.ceil(self._seconds(ahead)))
+        return error
+
+    def _seconds(self, tokens: float) -> float:
+        """How long they take by the present throughput; nothing, as long as that is not known."""
+        return tokens / throughput if (throughput := self.throughput) else 0.0
+
+    def _grow(self, now: float) -> None:
+        while self._affordable < self._max_batch_tokens and now >= self._shrunk_until:
+            self._affordable = min(2 * self._affordable, self._max_batch_tokens)
+            self._shrunk_until += SHRUNK_SECONDS
+
+
+class _Filling(Generic[WorkT]):
+    """A batch while it is put together."""
+
+    def __init__(self, now: float) -> None:
+        self.work: list[WorkT] = []
+        self.waits: list[float] = []
+        self.tokens = 0
+        self._now = now
+
+    def fill(self, line: _Round[WorkT], limit: int, budget: int) -> None:
+        """Takes the units whose turn it is, up to `limit` tokens; where there is nothing yet, the first one anyway,
+        or as much of it as `budget` holds."""
+        while (unit := line.first()) is not None:
+            if not self.work:
+                pieces = _fitting(unit.pieces, budget)
+            elif self.tokens + unit.tokens <= limit:
+                pieces = unit.pieces
+            else:
+                return
+            line.take(unit, pieces)
+            self.work += pieces
+            self.waits += [self._now - unit.admitted] * len(pieces)
+            self.tokens += sum(piece.tokens for piece in pieces)
+
+
+def _fitting(pieces: Sequence[WorkT], budget: int) -> Sequence[WorkT]:
+    """The first pieces that fit, at least one."""
+    total = 0
+    for count, piece in enumerate(pieces):
+        total += piece.tokens
+        if count and total > budget:
+            return pieces[:count]
+    return pieces
+
+
+def _oldest(line: _Round[WorkT]) -> Unit[WorkT] | None:
+    return next(iter(line.units.values()), None)

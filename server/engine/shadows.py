@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from server.core import Options, Prediction, TextInput
+from server.core import AdapterRef, Options, Prediction, Priority, Terms, TextInput
 from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.residency import Residency
 from server.errors import AdapterdError, Overloaded, TooLarge
@@ -59,8 +59,9 @@ class Shadows:
     async def _compare(self, answered: Answered, version: str) -> None:
         try:
             async with self._residency.lease(answered.name, version) as adapter:
-                job = Job(adapter, answered.options)
-                [shadow] = await self._pipeline.answer([job], answered.texts, replace(answered.cut, truncate=True))
+                job = Job(adapter, answered.options, AdapterRef(answered.name, version, None))
+                cut = replace(answered.cut, truncate=True)
+                [shadow] = await self._pipeline.answer([job], answered.texts, cut, Terms(Priority.LOW))
         except (Overloaded, TooLarge):
             self._count(answered, version, "skipped", len(answered.texts))
         except AdapterdError as error:

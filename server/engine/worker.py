@@ -8,23 +8,35 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
+
+from server.core import PLAIN, AdapterRef, Terms
+from server.engine.quarantine import Quarantine
 from server.engine.runner import Row, Runner
-from server.engine.scheduler import Batch, Scheduler
-from server.errors import AdapterdError, Overloaded, ShuttingDown
+from server.engine.scheduler import Batch, Scheduler, Unit
+from server.errors import AdapterdError, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
 from server.logs import get_logger
 from server.metrics import Metrics
 
 log = get_logger("adapterd.worker")
 
+STOP_SECONDS = 3.0
+"""How long stopping waits for the running batch. A device that hangs must not keep the process."""
+
+NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+"""What torch says where the host has none, in a RuntimeError."""
+
 
 class Ticket:
     """The rows of one request: gathers their answers and ends one future when all are there or any has failed."""
 
-    def __init__(self, size: int) -> None:
-        """`size`: answers to wait for."""
+    def __init__(self, size: int, strict: bool = False) -> None:
+        """`size`: answers to wait for. `strict`: see Terms."""
         self.future: Future[list[Any]] = Future()
         self._answers: list[Any] = [None] * size
-        self._missing = size
+        self.missing = size
+        """Answers that are not there yet."""
+        self.strict = strict
 
     @property
     def ended(self) -> bool:
@@ -34,8 +46,8 @@ class Ticket:
     def put(self, index: int, answer: Any) -> None:
         """The answer to one row."""
         self._answers[index] = answer
-        self._missing -= 1
-        if self._missing == 0 and self.future.set_running_or_notify_cancel():
+        self.missing -= 1
+        if self.missing == 0 and self.future.set_running_or_notify_cancel():
             self.future.set_result(self._answers)
 
     def fail(self, error: BaseException) -> None:
@@ -51,6 +63,8 @@ class QueuedRow:
     row: Row
     ticket: Ticket
     index: int
+    ref: AdapterRef | None = None
+    """Whose row it is; None: the server's own."""
 
     @property
     def tokens(self) -> int:
@@ -58,22 +72,36 @@ class QueuedRow:
         return self.row.tokens
 
     @property
-    def abandoned(self) -> bool:
-        """The request has ended."""
-        return self.ticket.ended
+    def adapter(self) -> str:
+        """In whose name it runs."""
+        return self.ref.name if self.ref else ""
+
+
+_Outcomes = dict[AdapterRef, AdapterdError | None]
+"""Of a batch that failed: adapters none of whose rows could be answered, and why; None: some could."""
 
 
 class Worker:
     """Runs batches until it is stopped. What it is given always ends: in an answer or in an error."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler[QueuedRow], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler[QueuedRow],
+        metrics: Metrics,
+        quarantine: Quarantine | None = None,
+    ) -> None:
         """Takes the runner and the scheduler over."""
         self._runner = runner
         self._scheduler = scheduler
         self._metrics = metrics
+        self._quarantine = quarantine or Quarantine(metrics)
         self._changed = threading.Condition()
         self._stopping = False
-        self._thread = threading.Thread(target=self._loop, name="adapterd-device", daemon=True)
+        self._running: list[QueuedRow] = []
+        self._thread = threading.Thread(target=self._work, name="adapterd-device", daemon=True)
+        self.crashed = False
+        """The thread has died, which it never should."""
 
     @property
     def alive(self) -> bool:
@@ -86,79 +114,191 @@ class Worker:
 
     def stop(self) -> None:
         """Finishes the running batch; what still waits fails with ShuttingDown."""
+        self._close(ShuttingDown("the server is shutting down"))
+        self._thread.join(STOP_SECONDS)
+
+    def check(self, refs: Sequence[AdapterRef | None], rows: int, terms: Terms) -> None:
+        """Raises what `submit` would for so many rows, however short, and AdapterQuarantined: before a request costs
+        anything."""
+        with self._changed:
+            self._check_alive()
+            first = refs[0] if refs else None
+            self._scheduler.check(first.name if first else "", rows, terms)
+        for ref in refs:
+            if ref is not None:
+                self._quarantine.check(ref)
+
+    def submit(
+        self, rows: Sequence[Row], refs: Sequence[AdapterRef | None] | None = None, terms: Terms = PLAIN
+    ) -> Ticket:
+        """Queues the rows of one request. `refs`: whose each of them is; the server's own by default.
+
+        Raises Overloaded, ShuttingDown or DeviceStopped; never blocks on the device.
+        """
+        ticket = Ticket(len(rows), terms.strict)
+        groups: dict[int, list[QueuedRow]] = {}  # rows of one text share work
+        for index, (row, ref) in enumerate(zip(rows, refs or [None] * len(rows), strict=True)):
+            groups.setdefault(id(row.text), []).append(QueuedRow(row, ticket, index, ref))
+        with self._changed:
+            self._check_alive()
+            units = self._scheduler.admit(list(groups.values()), terms)
+            self._measure_queue()
+            self._changed.notify()
+        ticket.future.add_done_callback(lambda _: self._ended(ticket, units))
+        return ticket
+
+    def _ended(self, ticket: Ticket, units: Sequence[Unit[QueuedRow]]) -> None:
+        if ticket.missing:  # given up, or failed: the rest of it makes room
+            with self._changed:
+                self._scheduler.discard(units)
+                self._measure_queue()
+
+    def _check_alive(self) -> None:
+        if self.crashed:
+            raise DeviceStopped("the device's thread has died; the server has to be restarted")
+        if not self.alive:
+            raise ShuttingDown("the server is shutting down")
+
+    def _close(self, reason: AdapterdError) -> None:
+        """Takes no more work; what waits fails."""
         with self._changed:
             self._stopping = True
             waiting = self._scheduler.drain()
+            self._measure_queue()
             self._changed.notify()
-        _fail(waiting, ShuttingDown("the server is shutting down"))
-        self._thread.join()
+        _fail(waiting, reason)
 
-    def submit(self, rows: Sequence[Row]) -> Ticket:
-        """Queues the rows of one request. Raises Overloaded or ShuttingDown; never blocks on the device."""
-        ticket = Ticket(len(rows))
-        with self._changed:
-            if not self.alive:
-                raise ShuttingDown("the server is shutting down")
-            try:
-                self._scheduler.admit([QueuedRow(row, ticket, index) for index, row in enumerate(rows)])
-            except Overloaded:
-                self._metrics.rejected.inc()
-                raise
-            self._metrics.queue_tokens.set(self._scheduler.tokens)
-            self._changed.notify()
-        return ticket
-
-    def _loop(self) -> None:
-        while (batch := self._next_batch()) is not None:
-            started = time.perf_counter()
-            self._run(batch.work)
-            self._measure(batch, time.perf_counter() - started)
+    def _work(self) -> None:
+        try:
+            backlog, ended = False, 0.0
+            while (batch := self._next_batch()) is not None:
+                self._running = batch.work
+                started = time.perf_counter()
+                self._run(batch.work)
+                before, ended = ended, time.perf_counter()
+                self._measure(batch, ended - started)
+                if backlog and batch.backlog:  # from end to end: what happens between batches takes time as well
+                    self._measure_throughput(batch.tokens, ended - before)
+                backlog = batch.backlog
+                self._running = []
+        except BaseException as error:
+            log.critical("the device's thread has died", exc_info=error)
+            self.crashed = True
+            reason = DeviceStopped("the device's thread has died; the server has to be restarted")
+            _fail(self._running, reason)
+            self._close(reason)
 
     def _next_batch(self) -> Batch[QueuedRow] | None:
         """Waits for work; None when stopped."""
         with self._changed:
-            while True:
-                if self._stopping:
-                    return None
-                batch = self._scheduler.next_batch()
-                self._metrics.queue_tokens.set(self._scheduler.tokens)
+            while not self._stopping:
+                _fail(self._scheduler.expire(), DeadlineExceeded("the request waited until its deadline"))
+                pause = self._scheduler.pause()
+                batch = self._scheduler.next_batch() if pause == 0 else None
+                self._measure_queue()
                 if batch is not None:
                     return batch
-                self._changed.wait()
+                self._changed.wait(pause)
+            return None
 
-    def _run(self, work: list[QueuedRow]) -> None:
+    def _run(self, work: Sequence[QueuedRow]) -> None:
+        outcomes: _Outcomes = {}
+        self._attempt(work, outcomes)
+        for ref, error in outcomes.items():
+            if error is None:
+                self._quarantine.succeeded(ref)
+            elif refusal := self._quarantine.failed(ref, error):
+                with self._changed:
+                    waiting = [queued for queued in self._scheduler.waiting() if _same_version(queued.ref, ref)]
+                _fail(waiting, refusal)
+
+    def _attempt(self, work: Sequence[QueuedRow], outcomes: _Outcomes) -> None:
+        """Runs rows together. Where that fails they are taken apart until what cannot be answered fails alone."""
+        error = self._answer(work)
+        if error is None:
+            outcomes.update(dict.fromkeys(queued.ref for queued in work if queued.ref))
+            return
+        self._metrics.batch_failures.inc()
+        no_memory = _out_of_memory(error)
+        if no_memory:
+            with self._changed:
+                self._scheduler.shrink()
+        groups = _by_adapter(work)
+        if len(groups) == 1:
+            _fail((queued for queued in work if queued.ticket.strict), _failure(error))
+        # By adapter, so that a bad one fails nobody but its own callers; then halves, so that a bad text fails alone.
+        parts = groups if len(groups) > 1 and not no_memory else _halves(work)
+        for part in parts:
+            if wanted := [queued for queued in part if not queued.ticket.ended]:
+                self._attempt(wanted, outcomes)
+        if not parts:
+            [queued] = work
+            failure = _failure(error)
+            queued.ticket.fail(failure)
+            if queued.ref is not None and not no_memory:
+                outcomes.setdefault(queued.ref, failure)
+
+    def _answer(self, work: Sequence[QueuedRow]) -> Exception | None:
+        """Runs rows together and hands the answers out. What went wrong, without what it holds on to: the memory of
+        the forward that failed is free when this returns."""
         try:
             answers = self._runner.run([queued.row for queued in work])
         except Exception as error:
-            self._metrics.batch_failures.inc()
-            self._isolate(work, error)
-            return
+            if isinstance(error, AdapterdError):
+                log.warning("batch failed", texts=len(work), error=error.message)
+            else:
+                log.error("batch failed", texts=len(work), exc_info=error)
+            error.__context__ = error.__cause__ = None
+            return error.with_traceback(None)
         for queued, answer in zip(work, answers, strict=True):
             queued.ticket.put(queued.index, answer)
-
-    def _isolate(self, work: list[QueuedRow], error: Exception) -> None:
-        """A failed batch is run again adapter by adapter, so that a bad one fails nobody but its own callers."""
-        if isinstance(error, AdapterdError):
-            log.warning("batch failed", texts=len(work), error=error.message)
-        else:
-            log.error("batch failed", texts=len(work), exc_info=error)
-        by_adapter = sorted(work, key=_adapter)
-        groups = [list(group) for _, group in groupby(by_adapter, key=_adapter)]
-        if len(groups) > 1:
-            for group in groups:
-                self._run(group)
-        else:
-            failure = error if isinstance(error, AdapterdError) else AdapterdError("this batch failed on the device")
-            _fail(work, failure)
+        return None
 
     def _measure(self, batch: Batch[QueuedRow], seconds: float) -> None:
         metrics = self._metrics
         metrics.batch_seconds.observe(seconds)
         metrics.batch_texts.observe(len(batch.work))
         metrics.batch_tokens.observe(batch.tokens)
-        metrics.batch_adapters.observe(len({_adapter(queued) for queued in batch.work}))
+        metrics.batch_adapters.observe(len({id(queued.row.adapter) for queued in batch.work}))
         for wait in batch.waits:
             metrics.queue_seconds.observe(wait)
+        metrics.batch_budget.set(self._scheduler.budget)
+
+    def _measure_throughput(self, tokens: int, seconds: float) -> None:
+        with self._changed:
+            self._scheduler.ran(tokens, seconds)
+            self._metrics.throughput.set(self._scheduler.throughput or 0.0)
+
+    def _measure_queue(self) -> None:
+        for priority, tokens in self._scheduler.tokens.items():
+            self._metrics.queue_tokens.labels(priority).set(tokens)
+
+
+def _by_adapter(work: Sequence[QueuedRow]) -> list[Sequence[QueuedRow]]:
+    return [list(group) for _, group in groupby(sorted(work, key=_adapter), key=_adapter)]
+
+
+def _halves(work: Sequence[QueuedRow]) -> list[Sequence[QueuedRow]]:
+    """Two; none of a single row."""
+    middle = len(work) // 2
+    return [work[:middle], work[middle:]] if middle else []
+
+
+def _out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and NO_MEMORY in str(error)
+    )
+
+
+def _failure(error: Exception) -> AdapterdError:
+    """What the caller of a row that cannot be answered gets to see."""
+    if _out_of_memory(error):
+        return MemoryFull("the device has no memory left for this text")
+    return error if isinstance(error, AdapterdError) else AdapterdError("this batch failed on the device")
+
+
+def _same_version(one: AdapterRef | None, other: AdapterRef) -> bool:
+    return one is not None and (one.name, one.version) == (other.name, other.version)
 
 
 def _adapter(queued: QueuedRow) -> int:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter, model_validator
+from pydantic.dataclasses import dataclass
 
 from server.store.names import VERSION_PATTERN
 
@@ -22,18 +23,19 @@ MIN_AGE = timedelta(hours=1)
 
 _DIGEST = b',\n "sha256": "'
 
+_STRICT = ConfigDict(extra="forbid")
+
 Version = Annotated[str, Field(pattern=VERSION_PATTERN)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
 
-class Plan(BaseModel):
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
+class Plan:
     """Versions and their shares. Without any, the adapter is deleted."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     traffic: dict[Version, Share] = Field(max_length=MAX_SERVING)
     """version -> share of the requests, adding up to 1; empty after a deletion."""
-    shadow: tuple[Version, ...] = Field((), max_length=MAX_SHADOWS)
+    shadow: Annotated[tuple[Version, ...], Field(max_length=MAX_SHADOWS)] = ()
     """Versions that compute every request as well, for comparison; their answers go to nobody."""
 
     @classmethod
@@ -61,8 +63,9 @@ class Plan(BaseModel):
 DELETED = Plan(traffic={})
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, config=_STRICT)
 class Release(Plan):
-    """An entry of an adapter's log."""
+    """An entry of an adapter's log. Slots only: a server remembers those of thousands of adapters."""
 
     number: int = Field(ge=1)
     created_at: datetime
@@ -81,7 +84,7 @@ class Release(Plan):
 
     def file(self) -> bytes:
         """As it is stored: JSON, whose last field is a digest of the others."""
-        text = self.model_dump_json(indent=1, exclude_none=True).encode()
+        text = _RELEASE.dump_json(self, indent=1, exclude_none=True)
         return text.removesuffix(b"\n}") + _DIGEST + hashlib.sha256(text).hexdigest().encode() + b'"\n}\n'
 
     @classmethod
@@ -91,7 +94,7 @@ class Release(Plan):
         text = before + b"\n}" if found else data
         if found and digest != hashlib.sha256(text).hexdigest().encode() + b'"\n}\n':
             raise ValueError("the digest is not that of the release")
-        return cls.model_validate_json(text)
+        return _RELEASE.validate_json(text)
 
     @property
     def plan(self) -> Plan:
@@ -107,6 +110,9 @@ class Release(Plan):
     def main_version(self) -> str | None:
         """The version with the largest share, the first of equals; None where the adapter is deleted."""
         return max(self.traffic, key=self.traffic.__getitem__, default=None)
+
+
+_RELEASE = TypeAdapter(Release)
 
 
 def choose(name: str, traffic: Mapping[str, float], key: str) -> str:

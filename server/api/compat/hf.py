@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from server.api.compat import tei
 from server.api.compat.common import AnyObject, ask, error_answers, parsed, refused
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Questions, Text, TextItems, Texts
 from server.core import (
@@ -44,7 +44,9 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return status, HubError(error=body.message).model_dump()
 
 
-router = APIRouter(prefix="/models", tags=["Hugging Face inference"], responses=error_answers(HubError))
+router = APIRouter(
+    prefix="/models", tags=["Hugging Face inference"], responses=error_answers(HubError), dependencies=PATIENCE
+)
 
 OUTSIDE = "O"
 """The label of tokens outside of entities."""

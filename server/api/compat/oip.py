@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, FailFast, Field
 import server
 from server.api import tasks
 from server.api.compat.common import CLIENT_ERRORS, error_answers, parsed, request_id
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import AnswerBody, ClassifyBody, EmbedBody, TagBody, TaskBody
 from server.core import AnswerSpan, Entity, Route
@@ -42,7 +42,11 @@ BINARY = "; binary tensors are not taken: send data as JSON"
 # Triton's client sends no Content-Type. Elsewhere that is refused, as it lets any web page make a browser ask; but
 # nothing here changes anything.
 router = APIRouter(
-    prefix="/v2", tags=["Open Inference Protocol"], responses=error_answers(OipError), strict_content_type=False
+    prefix="/v2",
+    tags=["Open Inference Protocol"],
+    responses=error_answers(OipError),
+    strict_content_type=False,
+    dependencies=PATIENCE,
 )
 
 TEXT, PAIR = "text", "text_pair"

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, Field
 
 from server.api.compat.common import CLIENT_ERRORS, ask, error_answers
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Texts
 from server.core import EmbedOptions, Route, TextInput
@@ -47,7 +47,7 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return CLIENT_ERRORS.get(status, status), OpenAIError(error=info).model_dump()
 
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=error_answers(OpenAIError))
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=error_answers(OpenAIError), dependencies=PATIENCE)
 
 MAX_MODELS = 1000
 """Adapters in a list of models, which has no pages."""

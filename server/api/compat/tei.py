@@ -14,7 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 import server
 from server.api.compat.common import ask, error_answers, refused
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Text, Texts
 from server.core import Activation, ClassifyOptions, EmbedOptions, Pooling, Route, TaskAnswer, TextInput
@@ -41,7 +41,9 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return status, TeiError(error=body.message, error_type=TYPES.get(status, "Validation")).model_dump()
 
 
-router = APIRouter(prefix="/tei", tags=["text-embeddings-inference"], responses=error_answers(TeiError))
+router = APIRouter(
+    prefix="/tei", tags=["text-embeddings-inference"], responses=error_answers(TeiError), dependencies=PATIENCE
+)
 
 
 async def _named(adapter: str | None = None, header: Annotated[str | None, Header(alias="adapter")] = None) -> set[str]:

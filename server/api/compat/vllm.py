@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from server.api.access.principal import made_by
 from server.api.compat.common import CLIENT_ERRORS, ask, error_answers, request_id
-from server.api.deps import EngineDep, SettingsDep
+from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Texts
 from server.core import Activation, ClassifyOptions, LabelScore, Route, TextInput
@@ -127,7 +127,7 @@ class UnloadBody(Body):
     lora_int_id: int | None = Field(None, description="Means nothing here.")
 
 
-@router.post("/vllm/classify")
+@router.post("/vllm/classify", dependencies=PATIENCE)
 async def classify(body: VllmClassifyBody, engine: EngineDep, settings: SettingsDep) -> VllmClasses:
     """Classify texts."""
     options = ClassifyOptions(activation=Activation.NONE if body.use_activation is False else None)

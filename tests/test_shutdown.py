@@ -1,0 +1,100 @@
+"""SIGTERM under load, on real processes: whatever was accepted is answered."""
+
+import os
+import signal
+import threading
+from collections import Counter
+from pathlib import Path
+
+import children
+import httpx
+import pytest
+from helpers import LABELS, make_artifact, make_blueprint, random_tensors
+
+from server.backbone.backbone import Backbone
+
+CLIENTS = 6
+ANSWERS = 60
+"""Before the signal."""
+
+
+class Client(threading.Thread):
+    """Asks until it is refused, on a connection that it keeps."""
+
+    def __init__(self, url: str, number: int, answered: threading.Semaphore) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self._body = {"adapter": "one", "inputs": ["w1 w2"] * (1 + number)}
+        self._answered = answered
+        self.statuses: Counter[int] = Counter()
+        self.wrong: list[str] = []
+
+    def run(self) -> None:
+        with httpx.Client(base_url=self._url, timeout=60) as client:
+            while 503 not in self.statuses and not self.wrong:
+                try:
+                    answer = client.post("/classify", json=self._body)
+                except httpx.ConnectError:  # refused before anything was sent
+                    return
+                except httpx.TransportError as error:
+                    self.wrong.append(repr(error))
+                    return
+                self._check(answer)
+                self._answered.release()
+
+    def _check(self, answer: httpx.Response) -> None:
+        self.statuses[answer.status_code] += 1
+        if answer.status_code == 200:
+            if len(answer.json()["predictions"]) != len(self._body["inputs"]):
+                self.wrong.append(answer.text)
+        elif (
+            answer.status_code != 503
+            or answer.json()["error"]["code"] != "shutting_down"
+            or "retry-after" not in answer.headers
+        ):
+            self.wrong.append(answer.text)
+
+
+def end_under_load(server: children.Server) -> Counter[int]:
+    """Statuses of what was asked."""
+    url = str(server.client.base_url)
+    answered = threading.Semaphore(0)
+    clients = [Client(url, number, answered) for number in range(CLIENTS)]
+    for client in clients:
+        client.start()
+    for _ in range(ANSWERS):
+        assert answered.acquire(timeout=60)
+    assert server.process.pid is not None
+    os.kill(server.process.pid, signal.SIGTERM)
+    ready = Counter[int]()
+    while 503 not in ready:
+        ready[server.client.get("/readyz").status_code] += 1
+    assert set(ready) <= {200, 503}
+    for client in clients:
+        client.join(60)
+        assert not client.is_alive()
+    server.process.join(60)
+    assert server.process.exitcode in (0, -signal.SIGTERM)
+    assert [client.wrong for client in clients if client.wrong] == []
+    return sum((client.statuses for client in clients), Counter())
+
+
+@pytest.fixture(scope="module")
+def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return children.save_tiny_bert(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.soak)])
+def test_nothing_that_was_accepted_is_lost(tmp_path: Path, bert: Backbone, backbone_folder: str, times: int) -> None:
+    blueprint = make_blueprint(bert.spec, "lora", {"r": 4}, labels=LABELS[:2])
+    artifact = make_artifact(blueprint, random_tensors(blueprint, 0, bert))
+    files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
+    store = str(tmp_path / "store")
+    for number in range(times):
+        with children.serving(tmp_path, store, backbone_folder, shutdown_delay_seconds="1.5") as server:
+            if not number:
+                uploads = [("files", file) for file in files.items()]
+                server.client.put("/admin/adapters/one", files=uploads).raise_for_status()
+            statuses = end_under_load(server)
+            assert statuses[200] >= ANSWERS - CLIENTS
+            assert set(statuses) <= {200, 503}
