@@ -477,7 +477,7 @@ def test_a_batch_of_all_tasks_equals_each_alone(tiny: TestClient, idle: None, mo
         held.wait_for(lambda: len(held.batches) == 1)  # the device is busy
         running = {name: pool.submit(ask, tiny, route, body) for name, (route, body, _) in requests.items()}
         waiting = sum(rows for _, _, rows in requests.values())
-        held.wait_for(lambda: len(engine._worker._scheduler._queue) == waiting)
+        held.wait_for(lambda: len(list(engine._worker._scheduler.waiting())) == waiting)
         held.gate.set()
         first.result()
         together = {name: future.result() for name, future in running.items()}
