@@ -33,13 +33,17 @@ class Tokenizer:
     the object is never changed: texts are encoded whole, cut, and then given their special tokens.
     """
 
-    def __init__(self, fast: FastTokenizer, max_tokens: int, unknown: int | None = None) -> None:
-        """`max_tokens` counts the special tokens too; `unknown` is the id for what is not in the vocabulary."""
+    def __init__(
+        self, fast: FastTokenizer, max_tokens: int, unknown: int | None = None, cls_id: int | None = None
+    ) -> None:
+        """`max_tokens` counts the special tokens too; `unknown` is the id for what is not in the vocabulary, `cls_id`
+        that of the CLS token, if there is one."""
         fast.no_padding()
         fast.no_truncation()
         self._fast = fast
         self.max_tokens = max_tokens
         self._unknown = unknown
+        self._cls_id = cls_id
         self._marks_subwords = bool(getattr(fast.model, "continuing_subword_prefix", None))
         self._special = (fast.num_special_tokens_to_add(is_pair=False), fast.num_special_tokens_to_add(is_pair=True))
 
@@ -55,7 +59,7 @@ class Tokenizer:
             raise BackboneError(f"the tokenizer of {source!r} has no tokenizer.json form, which adapterd needs")
         if len(loaded) <= len(loaded.all_special_ids):  # what transformers makes up where it finds no files
             raise BackboneError(f"no tokenizer can be loaded from {source!r}: it has no vocabulary")
-        return cls(fast, min(max_tokens, loaded.model_max_length), loaded.unk_token_id)
+        return cls(fast, min(max_tokens, loaded.model_max_length), loaded.unk_token_id, loaded.cls_token_id)
 
     def encode(
         self, texts: Sequence[str | TextInput], *, truncate: bool, reserved: int = 0, aligned: bool = False
@@ -171,7 +175,9 @@ class Tokenizer:
             owner is not None and self._continues(texts[owner], span, token, id_)
             for owner, span, token, id_ in zip(owners, offsets, whole.tokens, whole.ids, strict=True)
         )
-        return Alignment(owners, offsets, tuple(whole.word_ids), continues, skipped)
+        ids = whole.ids
+        cls_place = ids.index(self._cls_id) if self._cls_id in ids else None
+        return Alignment(owners, offsets, tuple(whole.word_ids), continues, skipped, cls_place)
 
     def _continues(self, text: str, span: Span, token: str, id_: int) -> bool:
         """The rule of `TokenClassificationPipeline.gather_pre_entities`: where the vocabulary marks subwords, a token
@@ -207,8 +213,8 @@ class Tokenizer:
 def _cut(part: RawEncoding, kept: int) -> None:
     """Keeps so many tokens, and nothing of the rest.
 
-    The library hangs what it cuts off on the encoding, in pieces as long as what is kept, and makes a pair of each piece
-    of one text with each of the other: gigabytes of two texts of twenty kilobytes. A second cut leaves one piece.
+    The library hangs what it cuts off on the encoding, in pieces as long as what is kept, and makes a pair of each
+    piece of one text with each of the other: gigabytes of two texts of twenty kilobytes. A second cut leaves one piece.
     """
     part.truncate(kept + 1)
     part.truncate(kept)
