@@ -247,6 +247,13 @@ def test_a_text_without_spans_is_asked_for() -> None:
             task.check_input(TextInput("a", spans=((0, 1),)))
 
 
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_a_sample_is_an_input_that_a_client_could_send(task: AnyTask) -> None:
+    sample = task.sample("What a lovely day")
+    task.check_input(sample)
+    assert None not in list(item.values() if isinstance(item := task.route.item(sample), dict) else [item])
+
+
 def test_agreement_is_about_what_the_answer_says() -> None:
     (one,), (same,), (other,) = (decode(TASK, torch.tensor([row]), LABELS[:2]) for row in ([1, 0], [9, 0], [0, 1]))
     assert TASK.agrees(one, same)

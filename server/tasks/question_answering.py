@@ -116,6 +116,10 @@ class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedTe
                 f"an adapter for {self.name} needs a context, and one that is not blank", param="context"
             )
 
+    def sample(self, text: str) -> TextInput:
+        """The text asked about itself."""
+        return TextInput(text, text)
+
     def read(
         self,
         text: TextInput,
