@@ -217,6 +217,10 @@ def test_numbers_are_answered_as_they_are() -> None:
     assert first == [LabelScore("joy", 0.5), LabelScore("fear", -3.0)]
     assert second == [LabelScore("joy", 7.0), LabelScore("fear", 0.0)]
     assert decode(REGRESSION, outputs, ["joy", "fear"], top_k=1) == [first[:1], second[:1]]
+    (three,) = decode(REGRESSION, torch.tensor([[-1.0, 5.0, 2.0]]), LABELS[:3])
+    assert [one.label for one in three] == ["ant", "bee", "cat"]
+    (best,) = decode(REGRESSION, torch.tensor([[-1.0, 5.0, 2.0]]), LABELS[:3], top_k=2)
+    assert best == [LabelScore("bee", 5.0), LabelScore("cat", 2.0)]
     (sigmoid,) = decode(REGRESSION, outputs[:1], ["joy", "fear"], activation=Activation.SIGMOID)
     assert [one.score for one in sigmoid] == pytest.approx(outputs[0].sigmoid().tolist())
 
