@@ -1,6 +1,7 @@
 """The tasks: outputs to answers, losses, heads, and one to train."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -242,6 +243,20 @@ def test_windows_of_a_text_are_pooled_before_they_are_scored(pooling: WindowPool
     seen = TASK.read(TextInput("x"), windows, TASK.Config(), LABELS[:3], ClassifyOptions(), pooling)
     pooled = outputs.mean(0) if pooling == "mean" else outputs.max(0).values
     assert seen == decode(TASK, pooled[None], LABELS[:3])[0]
+
+
+@pytest.mark.parametrize("pooling", WindowPooling)
+@pytest.mark.parametrize("task", [TASK, MULTI_LABEL, REGRESSION], ids=lambda task: task.name)
+def test_windows_of_huge_outputs_have_a_finite_answer(task: AnyTask, pooling: WindowPooling) -> None:
+    windows = [Window(random_text(5, seed=0), torch.tensor([3e38, -3e38, 3e38]))] * 3
+    for activation in (None, *Activation):
+        options = ClassifyOptions(activation=activation)
+        seen = task.read(TextInput("x"), windows, task.Config(), LABELS[:3], options, pooling)
+        assert all(math.isfinite(one.score) for one in seen)
+    seen = task.read(
+        TextInput("x"), windows, task.Config(), LABELS[:3], ClassifyOptions(activation=Activation.NONE), pooling
+    )
+    assert {one.label: one.score for one in seen} == pytest.approx({"ant": 3e38, "bee": -3e38, "cat": 3e38})
 
 
 def test_a_text_without_spans_is_asked_for() -> None:

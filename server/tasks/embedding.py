@@ -98,7 +98,8 @@ class Embedding(PooledTask[EmbeddingConfig, Pooling, EmbedOptions, PairedTexts])
         """The vectors [texts, hidden], cut to `dimensions` and only then of length 1; one of zeros stays that."""
         vectors = outputs[:, : options.dimensions]
         normalize = config.normalize if options.normalize is None else options.normalize
-        rows: list[list[float]] = (F.normalize(vectors, dim=-1) if normalize else vectors).tolist()
+        # in float32, the square of a finite number may not be finite, which would make zeros of the vector
+        rows: list[list[float]] = (F.normalize(vectors.double(), dim=-1).float() if normalize else vectors).tolist()
         return rows
 
     def agrees(self, one: Sequence[float], other: Sequence[float]) -> bool:
