@@ -183,7 +183,9 @@ class Alignment:
     continues: tuple[bool, ...]
     """Whether the token goes on with the word of the one before it, as transformers' token classification decides."""
     skipped: int = 0
-    """Tokens of the last part that come before this window."""
+    """Tokens of the text that is cut into windows, the last one that has any, before this window."""
+    cls: int | None = None
+    """Which token is the tokenizer's CLS token; None where there is none, as in GPT-2."""
 
     def places(self, part: int) -> list[int]:
         """Which tokens are of a part."""

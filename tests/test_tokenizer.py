@@ -1,6 +1,6 @@
 """Texts to tokens, against transformers' own tokenizers: truncation, windows, and where each token comes from."""
 
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -254,3 +254,54 @@ def test_what_is_cut_off_of_a_pair_is_not_paired(monkeypatch: pytest.MonkeyPatch
     (encoding,) = tokenizer.encode([TextInput("." * 3000, ", " * 3000)], truncate=True)
     assert len(encoding) == tokenizer.max_tokens
     assert made[0] <= 2
+
+
+@pytest.mark.parametrize("pair", [" ", "\n\t"])
+def test_of_a_pair_with_a_blank_text_the_other_one_is_cut(pair: str) -> None:
+    inputs = [TextInput("in Berlin a " * 40, pair)]
+    [windows] = ours("wordpiece", 40).windows(inputs, overlap=8, max_windows=100)
+    assert len(windows) > 2
+    assert max(len(window) for window in windows) == 40
+    covers(windows, ours("wordpiece", 10_000).encode(inputs, truncate=False, aligned=True)[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@quick
+@given(
+    inputs=st.lists(st.tuples(texts(12), st.none() | texts(12)), min_size=1, max_size=3),
+    max_tokens=st.sampled_from([64, 512]),
+    reserved=st.sampled_from([0, 5]),
+)
+def test_lengths_are_those_of_what_is_made(
+    kind: str, inputs: list[tuple[str, str | None]], max_tokens: int, reserved: int
+) -> None:
+    tokenizer = ours(kind, max_tokens)
+    given_texts = [TextInput(*one) for one in inputs]
+    encodings = tokenizer.encode(given_texts, truncate=True, reserved=reserved)
+    lengths = [len(one) for one in encodings]
+    assert tokenizer.lengths(given_texts, windowed=False, reserved=reserved) == lengths
+    assert tokenizer.encode(given_texts, truncate=True, reserved=reserved, max_tokens=sum(lengths)) == encodings
+    with pytest.raises(TooLarge) as caught:
+        tokenizer.encode(given_texts, truncate=True, reserved=reserved, max_tokens=sum(lengths) - 1)
+    assert (caught.value.param, caught.value.error_code) == ("inputs", "too_many_tokens")
+    try:
+        windows = tokenizer.windows(given_texts, reserved=reserved)
+    except TooLarge as error:
+        with pytest.raises(TooLarge, match=error.message[:20]):
+            tokenizer.lengths(given_texts, windowed=True, reserved=reserved)
+        return
+    lengths = [sum(map(len, own)) for own in windows]
+    assert tokenizer.lengths(given_texts, windowed=True, reserved=reserved) == lengths
+    assert tokenizer.windows(given_texts, reserved=reserved, max_tokens=sum(lengths)) == windows
+    with pytest.raises(TooLarge) as caught:
+        tokenizer.windows(given_texts, reserved=reserved, max_tokens=sum(lengths) - 1)
+    assert (caught.value.param, caught.value.error_code) == ("inputs", "too_many_tokens")
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_nothing_is_made_of_too_many_tokens(monkeypatch: pytest.MonkeyPatch, windowed: bool) -> None:
+    tokenizer = ours("wordpiece", 64)
+    monkeypatch.delattr(tokenizer.__class__, "_finished")
+    make = tokenizer.windows if windowed else partial(tokenizer.encode, truncate=True, aligned=True)
+    with pytest.raises(TooLarge, match="come to 128 tokens, at most 100 are taken"):
+        make(["word " * 30] * 4, max_tokens=100)

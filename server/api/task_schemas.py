@@ -179,7 +179,9 @@ class ClassifyBody(TaskBody):
     )
 
     inputs: TextItems
-    top_k: int | None = Field(None, ge=1, description="Only this many labels of each text, the best ones.")
+    top_k: int | None = Field(
+        None, ge=1, description="Only this many labels of each text: the highest scores, best first."
+    )
     activation: Annotated[Activation, Field(strict=False)] | None = Field(
         None, description="How logits become scores, in place of the task's own way."
     )

@@ -1,7 +1,7 @@
 """Texts to token ids, safely from several threads at once."""
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from tokenizers import Encoding as RawEncoding
 from tokenizers import Tokenizer as FastTokenizer
@@ -24,6 +24,21 @@ MAX_WINDOWS = 256
 """Windows of one input."""
 
 TOO_LONG = "text_too_long"
+TOO_MANY_TOKENS = "too_many_tokens"
+
+
+class _Windowing(NamedTuple):
+    """How an input is cut into windows."""
+
+    part: int
+    """Which of its texts is cut."""
+    room: int
+    """Tokens of that text in a window."""
+    shared: int
+    """Of those, as many as the next window has too."""
+    windows: int
+    tokens: int
+    """In all windows."""
 
 
 class Tokenizer:
@@ -33,13 +48,17 @@ class Tokenizer:
     the object is never changed: texts are encoded whole, cut, and then given their special tokens.
     """
 
-    def __init__(self, fast: FastTokenizer, max_tokens: int, unknown: int | None = None) -> None:
-        """`max_tokens` counts the special tokens too; `unknown` is the id for what is not in the vocabulary."""
+    def __init__(
+        self, fast: FastTokenizer, max_tokens: int, unknown: int | None = None, cls_id: int | None = None
+    ) -> None:
+        """`max_tokens` counts the special tokens too; `unknown` is the id for what is not in the vocabulary, `cls_id`
+        that of the CLS token, if there is one."""
         fast.no_padding()
         fast.no_truncation()
         self._fast = fast
         self.max_tokens = max_tokens
         self._unknown = unknown
+        self._cls_id = cls_id
         self._marks_subwords = bool(getattr(fast.model, "continuing_subword_prefix", None))
         self._special = (fast.num_special_tokens_to_add(is_pair=False), fast.num_special_tokens_to_add(is_pair=True))
 
@@ -55,29 +74,41 @@ class Tokenizer:
             raise BackboneError(f"the tokenizer of {source!r} has no tokenizer.json form, which adapterd needs")
         if len(loaded) <= len(loaded.all_special_ids):  # what transformers makes up where it finds no files
             raise BackboneError(f"no tokenizer can be loaded from {source!r}: it has no vocabulary")
-        return cls(fast, min(max_tokens, loaded.model_max_length), loaded.unk_token_id)
+        return cls(fast, min(max_tokens, loaded.model_max_length), loaded.unk_token_id, loaded.cls_token_id)
 
     def encode(
-        self, texts: Sequence[str | TextInput], *, truncate: bool, reserved: int = 0, aligned: bool = False
+        self,
+        texts: Sequence[str | TextInput],
+        *,
+        truncate: bool,
+        reserved: int = 0,
+        aligned: bool = False,
+        max_tokens: int | None = None,
     ) -> list[Encoding]:
         """Token ids with special tokens. Where an input is too long it is cut, or TooLarge names its index.
 
         Of a pair, the longer text is cut first, as transformers does; where both are so long that only their beginnings
         are tokenized, which of them keeps an odd token is decided on those. `reserved` positions are not the text's:
-        its adapter takes them. With `aligned`, encodings say where their tokens come from.
+        its adapter takes them. With `aligned`, encodings say where their tokens come from. TooLarge is raised for more
+        than `max_tokens` in all encodings, before any is made.
 
         An input that comes to no token at all, as an empty one does where the tokenizer adds no special tokens, is an
         InvalidRequest, and so is a marked span without a token.
         """
+        raw = list(self._parts(texts, truncate))
+        rooms = [self._room(parts) - reserved for _, parts in raw]
+        for index, ((_, parts), room) in enumerate(zip(raw, rooms, strict=True)):
+            if not truncate and _length(parts) > room:
+                raise self._too_long(index, _length(parts), room, parts, reserved)
+        _check_budget(
+            (min(_length(parts), room) + self._added(parts) for (_, parts), room in zip(raw, rooms, strict=True)),
+            max_tokens,
+        )
         encodings = []
-        for index, (text, parts) in enumerate(self._parts(texts, truncate)):
-            room = self._room(parts) - reserved
-            lengths = [len(part.ids) for part in parts]
-            truncated = sum(lengths) > room
+        for index, ((text, parts), room) in enumerate(zip(raw, rooms, strict=True)):
+            truncated = _length(parts) > room
             if truncated:
-                if not truncate:
-                    raise self._too_long(index, sum(lengths), room, parts, reserved)
-                for part, kept in zip(parts, longest_first(lengths, room), strict=True):
+                for part, kept in zip(parts, longest_first([len(part.ids) for part in parts], room), strict=True):
                     _cut(part, kept)
             encodings.append(self._finished(index, text, parts, truncated=truncated, aligned=aligned))
         return encodings
@@ -89,47 +120,91 @@ class Tokenizer:
         overlap: int = OVERLAP,
         max_windows: int = MAX_WINDOWS,
         reserved: int = 0,
+        max_tokens: int | None = None,
     ) -> list[list[Encoding]]:
         """Whole inputs, aligned, in as many windows as each takes; neighbours share `overlap` tokens.
 
-        Of a pair, each window holds the whole first text and a piece of the second. Raises TooLarge where more than
-        `max_windows` come of an input, or its first text leaves no room for windows of the second.
+        Of a pair, each window holds the whole first text and a piece of the second; where the second has no tokens, it
+        is the first that is cut. Raises TooLarge where more than `max_windows` come of an input, where its first text
+        leaves no room for windows of the second, and for more than `max_tokens` in all windows, before any is made.
         """
-        encodings = []
-        for index, (text, parts) in enumerate(self._parts(texts, truncate=False)):
-            *fixed, last = parts
-            room = self._room(parts) - reserved - sum(len(part.ids) for part in fixed)
-            length = len(last.ids)
-            if length > room and room < SHORTEST_WINDOW:
-                what = "the first text leaves" if fixed else "the adapter leaves"
-                raise TooLarge(
-                    f"{what} room for {max(room, 0)} tokens in a window, at least {SHORTEST_WINDOW} are needed",
-                    param=f"inputs.{index}",
-                    code=TOO_LONG,
-                )
-            shared = min(overlap, room // 2)
-            count = 1 + (-(-(length - room) // (room - shared)) if length > room else 0)
-            if count > max_windows:
-                raise TooLarge(
-                    f"the text has {length} tokens, which makes {count} windows; at most {max_windows} are run",
-                    param=f"inputs.{index}",
-                    code=TOO_LONG,
-                )
-            if count > 1:
-                last.truncate(room, stride=shared)
-            encodings.append(
-                [
-                    self._finished(index, text, [*fixed, piece], aligned=True, skipped=number * (room - shared))
-                    for number, piece in enumerate([last, *last.overflowing])
-                ]
+        raw = list(self._parts(texts, truncate=False))
+        cuts = [self._windowing(index, parts, overlap, max_windows, reserved) for index, (_, parts) in enumerate(raw)]
+        _check_budget((cut.tokens for cut in cuts), max_tokens)
+        return [
+            self._windows_of(index, text, parts, cut)
+            for index, ((text, parts), cut) in enumerate(zip(raw, cuts, strict=True))
+        ]
+
+    def lengths(self, texts: Sequence[str | TextInput], *, windowed: bool, reserved: int = 0) -> list[int]:
+        """How many tokens each input comes to, cut to the backbone's length or in windows, without making them.
+
+        Raises TooLarge as `windows` does.
+        """
+        if windowed:
+            raw = self._parts(texts, truncate=False)
+            return [
+                self._windowing(index, parts, OVERLAP, MAX_WINDOWS, reserved).tokens
+                for index, (_, parts) in enumerate(raw)
+            ]
+        return [
+            min(_length(parts), self._room(parts) - reserved) + self._added(parts)
+            for _, parts in self._parts(texts, truncate=True)
+        ]
+
+    def _windowing(
+        self, index: int, parts: Sequence[RawEncoding], overlap: int, max_windows: int, reserved: int
+    ) -> "_Windowing":
+        """How an input is cut into windows."""
+        # a second text without tokens, a blank one, leaves nothing to make windows of
+        part = max(place for place, one in enumerate(parts) if one.ids or not place)
+        length = len(parts[part].ids)
+        fixed = _length(parts) - length
+        room = self._room(parts) - reserved - fixed
+        if length > room and room < SHORTEST_WINDOW:
+            what = "the first text leaves" if fixed else "the adapter leaves"
+            raise TooLarge(
+                f"{what} room for {max(room, 0)} tokens in a window, at least {SHORTEST_WINDOW} are needed",
+                param=f"inputs.{index}",
+                code=TOO_LONG,
             )
-        return encodings
+        shared = min(overlap, room // 2)
+        count = 1 + (-(-(length - room) // (room - shared)) if length > room else 0)
+        if count > max_windows:
+            raise TooLarge(
+                f"the text has {length} tokens, which makes {count} windows; at most {max_windows} are run",
+                param=f"inputs.{index}",
+                code=TOO_LONG,
+            )
+        tokens = length + (count - 1) * shared + count * (fixed + self._added(parts))
+        return _Windowing(part, room, shared, count, tokens)
+
+    def _windows_of(
+        self, index: int, text: TextInput, parts: Sequence[RawEncoding], cut: "_Windowing"
+    ) -> list[Encoding]:
+        whole = parts[cut.part]
+        if cut.windows > 1:
+            whole.truncate(cut.room, stride=cut.shared)
+        return [
+            self._finished(
+                index,
+                text,
+                [*parts[: cut.part], piece, *parts[cut.part + 1 :]],
+                aligned=True,
+                skipped=number * (cut.room - cut.shared),
+            )
+            for number, piece in enumerate([whole, *whole.overflowing])
+        ]
+
+    def _added(self, parts: Sequence[RawEncoding]) -> int:
+        """Special tokens."""
+        return self._special[len(parts) - 1]
 
     def _room(self, parts: Sequence[RawEncoding]) -> int:
-        return self.max_tokens - self._special[len(parts) - 1]
+        return self.max_tokens - self._added(parts)
 
     def _too_long(self, index: int, length: int, room: int, parts: Sequence[RawEncoding], reserved: int) -> TooLarge:
-        special = self._special[len(parts) - 1]
+        special = self._added(parts)
         taker = "the backbone with this adapter takes" if reserved else "the backbone takes"
         return TooLarge(
             f"the text has {length + special} tokens, {taker} {room + special}; shorten it or send truncate: true",
@@ -171,7 +246,9 @@ class Tokenizer:
             owner is not None and self._continues(texts[owner], span, token, id_)
             for owner, span, token, id_ in zip(owners, offsets, whole.tokens, whole.ids, strict=True)
         )
-        return Alignment(owners, offsets, tuple(whole.word_ids), continues, skipped)
+        ids = whole.ids
+        cls_place = ids.index(self._cls_id) if self._cls_id in ids else None
+        return Alignment(owners, offsets, tuple(whole.word_ids), continues, skipped, cls_place)
 
     def _continues(self, text: str, span: Span, token: str, id_: int) -> bool:
         """The rule of `TokenClassificationPipeline.gather_pre_entities`: where the vocabulary marks subwords, a token
@@ -204,11 +281,23 @@ class Tokenizer:
         return raw
 
 
+def _length(parts: Sequence[RawEncoding]) -> int:
+    return sum(len(part.ids) for part in parts)
+
+
+def _check_budget(tokens: Iterable[int], max_tokens: int | None) -> None:
+    """Alignments take many times the memory of what the tokenizers library makes, so this is asked before."""
+    if max_tokens is not None and (total := sum(tokens)) > max_tokens:
+        raise TooLarge(
+            f"the inputs come to {total} tokens, at most {max_tokens} are taken", param="inputs", code=TOO_MANY_TOKENS
+        )
+
+
 def _cut(part: RawEncoding, kept: int) -> None:
     """Keeps so many tokens, and nothing of the rest.
 
-    The library hangs what it cuts off on the encoding, in pieces as long as what is kept, and makes a pair of each piece
-    of one text with each of the other: gigabytes of two texts of twenty kilobytes. A second cut leaves one piece.
+    The library hangs what it cuts off on the encoding, in pieces as long as what is kept, and makes a pair of each
+    piece of one text with each of the other: gigabytes of two texts of twenty kilobytes. A second cut leaves one piece.
     """
     part.truncate(kept + 1)
     part.truncate(kept)

@@ -192,6 +192,7 @@ class Engine:
             metrics,
             self._loader_pool,
             max_upload_bytes=settings.max_upload_bytes,
+            max_batch_tokens=settings.max_batch_tokens,
         )
         self._embedders: dict[Pooling, TaskAdapter] = {}
         """The backbone alone, by what makes a vector of a text's states."""

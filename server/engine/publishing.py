@@ -35,6 +35,7 @@ from server.store.releases import Plan, Release
 from server.store.report import Report
 from server.store.store import AdapterStore
 from server.tasks.adapter import TaskAdapter
+from server.tasks.metrics import Report as Measured
 
 log = get_logger("adapterd.publishing")
 
@@ -89,6 +90,7 @@ class Publisher:
         executor: Executor,
         *,
         max_upload_bytes: int,
+        max_batch_tokens: int,
     ) -> None:
         """`executor` does what computes."""
         self._backbone = backbone
@@ -101,6 +103,7 @@ class Publisher:
         self._metrics = metrics
         self._executor = executor
         self._max_upload_bytes = max_upload_bytes
+        self._max_batch_tokens = max_batch_tokens
 
     async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
         """Checks a checkpoint, proves that it runs, compares, stores and releases it.
@@ -162,9 +165,9 @@ class Publisher:
     async def _compare(self, name: str, adapter: TaskAdapter, upload: Upload) -> Comparison | None:
         if upload.eval is None:
             return None
-        data = await self._compute(partial(gate.read, upload.eval, adapter))
+        rows = await self._compute(partial(gate.read, upload.eval, adapter, self._backbone.tokenizer))
         try:
-            candidate = await gate.measure(self._pipeline, adapter, data)
+            candidate = await self._measure(adapter, rows)
         except NotFiniteOutput as error:
             raise InvalidAdapter("outputs for an eval text are not finite", param="eval", code="not_finite") from error
         current = None
@@ -173,13 +176,18 @@ class Publisher:
             if serving is not None and (version := serving.main_version):
                 async with self._residency.lease(name, version) as other:
                     if other.task is adapter.task:
-                        current = await gate.measure(self._pipeline, other, data)
+                        current = await self._measure(other, rows)
         except BROKEN as error:
             log.warning("what serves cannot be compared", adapter=name, error=error.message)
         comparison = Comparison(candidate, current, adapter.task.decisive)
         if comparison.worse and upload.release and not upload.force:
             raise gate.refusal(comparison)
         return comparison
+
+    async def _measure(self, adapter: TaskAdapter, rows: gate.Rows) -> Measured:
+        return await gate.measure(
+            self._pipeline, adapter, rows, self._executor, max_batch_tokens=self._max_batch_tokens
+        )
 
     async def _prepare(self, name: str, version: str) -> str:
         """Loads a version. The name of its task."""

@@ -59,6 +59,8 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
     """Whether long texts can be: not where an answer takes places that may lie in different windows."""
     measured: ClassVar[Options]
     """The options under which it is measured."""
+    measured_rows: ClassVar[int | None] = None
+    """The most rows that it is measured on beside serving; None: it takes hardly more time for each than for one."""
     decisive: ClassVar[Mapping[str, int]]
     """The metrics that say which of two adapters is better -> 1 where more is better, -1 where less is."""
 
@@ -142,9 +144,13 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
         """Raises InvalidRequest where an adapter with these labels cannot be measured on examples. Here: all can."""
         return
 
+    def kept(self, prediction: Any) -> Any:
+        """What `measure` reads of an answer, for where many are held until all are there. Here: all of it."""
+        return prediction
+
     @abstractmethod
     def measure(self, examples: Sequence[ExampleT], predictions: Sequence[Any]) -> Report:
-        """How good the answers, asked with `measured`, to the examples' inputs are."""
+        """How good the answers, asked with `measured`, to the examples' inputs are; each whole, or what is `kept`."""
 
 
 class LayeredTask(Task[LayersConfigT, HeadT, OptionsT, ExampleT]):

@@ -53,6 +53,7 @@ class Embedding(PooledTask[EmbeddingConfig, Pooling, EmbedOptions, PairedTexts])
     example = PairedTexts
     prediction = list[float]
     measured = EmbedOptions(normalize=True)
+    measured_rows = 5_000  # each is compared with all others
     decisive = {"mrr": 1, "recall_at_1": 1}
 
     def check(self, config: EmbeddingConfig, labels: Sequence[str], spec: BackboneSpec) -> None:
@@ -98,7 +99,8 @@ class Embedding(PooledTask[EmbeddingConfig, Pooling, EmbedOptions, PairedTexts])
         """The vectors [texts, hidden], cut to `dimensions` and only then of length 1; one of zeros stays that."""
         vectors = outputs[:, : options.dimensions]
         normalize = config.normalize if options.normalize is None else options.normalize
-        rows: list[list[float]] = (F.normalize(vectors, dim=-1) if normalize else vectors).tolist()
+        # in float32, the square of a finite number may not be finite, which would make zeros of the vector
+        rows: list[list[float]] = (F.normalize(vectors.double(), dim=-1).float() if normalize else vectors).tolist()
         return rows
 
     def agrees(self, one: Sequence[float], other: Sequence[float]) -> bool:
@@ -119,12 +121,16 @@ class Embedding(PooledTask[EmbeddingConfig, Pooling, EmbedOptions, PairedTexts])
         vectors = F.normalize(outputs.float(), dim=-1)
         return F.cross_entropy(SCALE * vectors[0::2] @ vectors[1::2].T, targets)
 
-    def measure(self, examples: Sequence[PairedTexts], predictions: Sequence[Sequence[float]]) -> Report:
+    def kept(self, prediction: Sequence[float]) -> Tensor:
+        """The vector in float32, an eighth of a list of numbers."""
+        return torch.tensor(prediction)
+
+    def measure(self, examples: Sequence[PairedTexts], predictions: Sequence[Sequence[float] | Tensor]) -> Report:
         """`recall_at_1` and `mrr`: each first text looks for its own among all second ones, each of those once.
 
         `predictions` are vectors of length 1, two for each row. Of texts that are equally near, its own comes last.
         """
-        vectors = torch.tensor(predictions)
+        vectors = torch.stack([torch.as_tensor(prediction) for prediction in predictions])
         number = {text: index for index, text in enumerate(dict.fromkeys(row.text_pair for row in examples))}
         own = torch.tensor([number[row.text_pair] for row in examples])
         candidates = torch.empty(len(number), vectors.shape[-1]).index_copy_(0, own, vectors[1::2])

@@ -88,6 +88,10 @@ class MultiLabelClassification(TextTask[MultiLabelConfig, ClassifyOptions, Label
         """Binary cross entropy."""
         return F.binary_cross_entropy_with_logits(outputs, targets)
 
+    def kept(self, prediction: Sequence[LabelDecision]) -> list[LabelDecision]:
+        """The labels that the text has, of what may be thousands."""
+        return [decision for decision in prediction if decision.above]
+
     def measure(self, examples: Sequence[LabelsText], predictions: Sequence[Sequence[LabelDecision]]) -> Report:
         """`exact`, `micro_f1` and `macro_f1`."""
         return metrics.multi_label([example.labels for example in examples], list(map(_above, predictions)))

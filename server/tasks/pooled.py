@@ -49,7 +49,8 @@ class PooledTask(Task[ConfigT, HeadT, OptionsT, ExampleT]):
     ) -> Prediction:
         """The answer to the mean, or the largest, of each output over the windows."""
         outputs = torch.stack([window.output for window in windows])
-        pooled = outputs.mean(0) if pooling is WindowPooling.MEAN else outputs.amax(0)
+        # in float32, the sum of finite outputs may not be finite
+        pooled = outputs.double().mean(0).float() if pooling is WindowPooling.MEAN else outputs.amax(0)
         prediction: Prediction = self.decode(pooled[None], config, labels, options)[0]
         return prediction
 

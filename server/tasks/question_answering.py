@@ -33,9 +33,6 @@ from server.tasks.metrics import Report
 CONTEXT = 1
 """Which part of an input the answer is looked for in."""
 
-NO_ANSWER = 0
-"""The token that says that there is no answer: the first one, [CLS] in BERT."""
-
 
 class Answers(BaseModel):
     """The right answers as SQuAD writes them; none at all where the context has none."""
@@ -119,6 +116,10 @@ class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedTe
                 f"an adapter for {self.name} needs a context, and one that is not blank", param="context"
             )
 
+    def sample(self, text: str) -> TextInput:
+        """The text asked about itself."""
+        return TextInput(text, text)
+
     def read(
         self,
         text: TextInput,
@@ -130,8 +131,9 @@ class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedTe
     ) -> list[AnswerSpan]:
         """The best answers, best first, as the QuestionAnsweringPipeline of transformers 4 finds them.
 
-        Answers are whole words. The same words, in whatever place, window or case, are one answer: it has the first
-        place, and the sum of the scores. Fewer than `top_k` where the context is that short.
+        How likely no answer is, the CLS token says; it is 0 where the tokenizer has no such token. Answers are whole
+        words. The same words, in whatever place, window or case, are one answer: it has the first place, and the sum of
+        the scores. Fewer than `top_k` where the context is that short.
         """
         context = text.pair or ""
         wanted = 2 * options.top_k + 10  # widened to words, some will be the same
@@ -161,8 +163,8 @@ class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedTe
         return ()
 
     def targets(self, examples: Sequence[AskedText], texts: Sequence[Encoding], labels: Sequence[str]) -> Tensor:
-        """First and last token of each first answer [texts, 2]; the first token of the text, twice, where it is not
-        all there."""
+        """First and last token of each first answer [texts, 2]. Where it is not all there, the CLS token twice; the
+        first token where the tokenizer has none, as in transformers' run_qa."""
         return torch.tensor([_target(row.answers, aligned(text)) for row, text in zip(examples, texts, strict=True)])
 
     def loss(self, outputs: Sequence[Tensor], targets: Tensor) -> Tensor:
@@ -179,18 +181,23 @@ class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedTe
 def _candidates(logits: Tensor, alignment: Alignment, count: int, longest: int) -> tuple[list[_Candidate], float]:
     """The best pieces of at most `longest` tokens of a window, from its logits [tokens, 2]; and how likely none is.
 
-    Only the context and the token for no answer share the probabilities.
+    Only the context and the CLS token share the probabilities.
     """
     tokens = alignment.places(CONTEXT)
-    start, end = logits[[NO_ANSWER, *tokens]].softmax(0).unbind(1)
-    none = float(start[0] * end[0])
-    scores = torch.outer(start[1:], end[1:])
-    possible = torch.ones_like(scores, dtype=torch.bool).triu().tril(longest - 1)
-    first, last = possible.nonzero(as_tuple=True)
-    scores = scores[first, last]
-    best = scores.topk(min(count, len(scores)))
+    cls = [] if alignment.cls is None else [alignment.cls]
+    probabilities = logits[[*cls, *tokens]].softmax(0)
+    none = float(probabilities[0].prod()) if cls else 0.0
+    length = len(tokens)
+    span = min(longest, length)
+    if not span:
+        return [], none
+    start, end = probabilities[len(cls) :].unbind(1)
+    # [first, last - first]: of all pairs, those that are close enough
+    scores = start[:, None] * F.pad(end, (0, span - 1)).unfold(0, span, 1)
+    scores[torch.arange(length)[:, None] + torch.arange(span) >= length] = -1.0  # would end after the context
+    best = scores.flatten().topk(min(count, length * span - span * (span - 1) // 2))
     return [
-        _Candidate(score, tokens[first[index]], tokens[last[index]])
+        _Candidate(score, tokens[index // span], tokens[index // span + index % span])
         for score, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
     ], none
 
@@ -213,9 +220,10 @@ def _words(alignment: Alignment) -> dict[int, Span]:
 def _target(answers: Answers, alignment: Alignment) -> Span:
     """transformers' run_qa: the last token that starts no later than the answer, the first that ends no earlier."""
     tokens = alignment.places(CONTEXT)
+    none = alignment.cls or 0
     if not answers.text:
-        return NO_ANSWER, NO_ANSWER
+        return none, none
     start, end = answers.answer_start[0], answers.answer_start[0] + len(answers.text[0])
     firsts = [token for token in tokens if alignment.offsets[token][0] <= start]
     lasts = [token for token in tokens if alignment.offsets[token][1] >= end]
-    return (firsts[-1], lasts[0]) if firsts and lasts else (NO_ANSWER, NO_ANSWER)
+    return (firsts[-1], lasts[0]) if firsts and lasts else (none, none)

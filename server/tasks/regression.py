@@ -12,7 +12,7 @@ from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, Lab
 from server.errors import InvalidRequest
 from server.tasks import metrics
 from server.tasks.base import Restore, need_labels
-from server.tasks.classification import activated
+from server.tasks.classification import activated, ranked
 from server.tasks.examples import TextExample
 from server.tasks.head import BIAS, WEIGHT
 from server.tasks.metrics import Report
@@ -52,9 +52,14 @@ class Regression(TextTask[PooledConfig, ClassifyOptions, MeasuredText]):
     def decode(
         self, outputs: Tensor, config: PooledConfig, labels: Sequence[str], options: ClassifyOptions
     ) -> list[list[LabelScore]]:
-        """The numbers of each row of [texts, labels], in the order of the labels."""
-        values = activated(outputs, options.activation or Activation.NONE)[:, : options.top_k].tolist()
-        return [[LabelScore(label, value) for label, value in zip(labels, row, strict=False)] for row in values]
+        """The numbers of each row of [texts, labels], in the order of the labels; with `top_k`, highest first."""
+        values = activated(outputs, options.activation or Activation.NONE)
+        if options.top_k is None:
+            return [[LabelScore(*pair) for pair in zip(labels, row, strict=True)] for row in values.tolist()]
+        return [
+            [LabelScore(labels[i], value) for i, value in zip(indices, row, strict=True)]
+            for row, indices in zip(*ranked(values, options.top_k), strict=True)
+        ]
 
     def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
         """Whether they are as many, and all are close."""

@@ -69,13 +69,12 @@ class TaggedTokens(Example):
         return places
 
 
-class _Token(NamedTuple):
-    """A token of the text, as one window shows it."""
+class _Tokens(NamedTuple):
+    """The tokens of a text in order, each from the window with the most context."""
 
-    logits: Tensor  # [labels]
-    place: Span
-    continues: bool
-    context: int  # tokens of the text on the side that has fewer
+    logits: Tensor  # [tokens, labels]
+    places: list[Span]
+    continues: list[bool]
 
 
 class _Piece(NamedTuple):
@@ -134,18 +133,18 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         overlap, each token is read in the one that shows most of the text on both sides of it.
         """
         tokens = _tokens(windows)
-        if not tokens:
+        if not tokens.places:
             return []
-        rows = torch.stack([token.logits for token in tokens]).softmax(-1).numpy()
-        places = [token.place for token in tokens]
+        rows, places = tokens.logits.softmax(-1).numpy(), tokens.places
         if options.aggregation not in (Aggregation.NONE, Aggregation.SIMPLE):
-            words = _words(tokens)
-            rows = np.stack([_of_word(rows[start:end], options.aggregation) for start, end in words])
-            places = [(places[start][0], places[end - 1][1]) for start, end in words]
+            starts = [index for index, continues in enumerate(tokens.continues) if index == 0 or not continues]
+            rows = _by_word(rows, np.array(starts), options.aggregation)
+            places = [(places[first][0], places[end - 1][1]) for first, end in pairwise([*starts, len(places)])]
         best = rows.argmax(-1)
+        scores = rows[np.arange(len(rows)), best]
         pieces = [
-            _Piece(labels[label], float(row[label]), *place)
-            for row, label, place in zip(rows, best, places, strict=True)
+            _Piece(labels[label], score, *place)
+            for label, score, place in zip(best.tolist(), scores.tolist(), places, strict=True)
         ]
         if options.aggregation is not Aggregation.NONE:
             pieces = [piece for piece in _joined(pieces) if piece.label != spans.OUTSIDE]
@@ -181,39 +180,44 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         return spans.report([example.tags for example in examples], tags)
 
 
-def _tokens(windows: Sequence[Window]) -> list[_Token]:
-    """The text's tokens in order, each from the window with the most context."""
-    best: dict[int, _Token] = {}
+def _tokens(windows: Sequence[Window]) -> _Tokens:
+    """From windows that overlap. A token's context are the tokens on the side of it that has fewer."""
+    logits, offsets, continues, numbers, contexts = [], [], [], [], []
     for window in windows:
         alignment = aligned(window.encoding)
         places = alignment.places(0)
-        for rank, place in enumerate(places):
-            token = _Token(
-                window.output[place],
-                alignment.offsets[place],
-                alignment.continues[place],
-                min(rank, len(places) - 1 - rank),
-            )
-            index = alignment.skipped + rank
-            if index not in best or token.context > best[index].context:
-                best[index] = token
-    return [best[index] for index in sorted(best)]
+        ranks = np.arange(len(places))
+        logits.append(window.output[places])
+        offsets += [alignment.offsets[place] for place in places]
+        continues += [alignment.continues[place] for place in places]
+        numbers.append(alignment.skipped + ranks)
+        contexts.append(np.minimum(ranks, ranks[::-1]))
+    number = np.concatenate(numbers)
+    # by number; of one number, the most context first, and else the first window
+    order = np.lexsort((-np.concatenate(contexts), number))
+    _, firsts = np.unique(number[order], return_index=True)
+    chosen = order[firsts]
+    indices = chosen.tolist()
+    return _Tokens(
+        torch.cat(logits)[torch.from_numpy(chosen)],
+        [offsets[index] for index in indices],
+        [continues[index] for index in indices],
+    )
 
 
-def _words(tokens: Sequence[_Token]) -> list[Span]:
-    """The tokens of each word."""
-    starts = [index for index, token in enumerate(tokens) if index == 0 or not token.continues]
-    return list(pairwise([*starts, len(tokens)]))
-
-
-def _of_word(scores: Scores, aggregation: Aggregation) -> Scores:
-    """The scores [labels] of a word from those of its tokens [tokens, labels]."""
-    row: Scores
+def _by_word(scores: Scores, starts: NDArray[np.int64], aggregation: Aggregation) -> Scores:
+    """Scores [words, labels] from those of tokens [tokens, labels]; `starts` are the words' first tokens."""
+    lengths = np.diff(starts, append=len(scores))
+    rows: Scores
     if aggregation is Aggregation.AVERAGE:
-        row = scores.mean(0)
+        rows = np.divide(np.add.reduceat(scores, starts), lengths[:, None], dtype=np.float32)
+    elif aggregation is Aggregation.FIRST:
+        rows = scores[starts]
     else:
-        row = scores[0 if aggregation is Aggregation.FIRST else scores.max(-1).argmax()]
-    return row
+        # each word's surest token comes first, the first one of several
+        order = np.lexsort((-scores.max(-1), np.repeat(np.arange(len(starts)), lengths)))
+        rows = scores[order[starts]]
+    return rows
 
 
 def _joined(pieces: Sequence[_Piece]) -> list[_Piece]:
