@@ -1321,6 +1321,12 @@ def test_too_many_tensors(bert: Backbone) -> None:
     refused(lambda: read_checkpoint(peft_files() | {WEIGHTS: many}, NAMES, bert), WEIGHTS, "bad_file")
 
 
+def test_what_has_no_name_is_named_by_its_file(bert: Backbone) -> None:
+    refused(lambda: read_checkpoint(peft_files(peft_config(**{"": True})), NAMES, bert), CONFIG, "unsupported_option")
+    refused(lambda: read_hub(edited("seq_bn", **{"": True})), CONFIG, "unsupported_option")
+    refused(lambda: read_checkpoint(with_tensors(**{"": torch.zeros(3)}), NAMES, bert), WEIGHTS, "bad_file")
+
+
 def test_projections_that_multiply_out_beyond_measure_are_refused(bert: Backbone) -> None:
     config = {"reduction_factor": 0.01, "shared_W_phm": True}
     with pytest.raises(InvalidAdapter, match=r"at least 0\.25"):
