@@ -13,7 +13,7 @@ import peft_references as peft
 import pytest
 import torch
 from helpers import EVERY_VARIANT, make_artifact, make_blueprint, random_tensors, random_text, run
-from hunting import cases
+from hunting import MOST_FINDINGS, cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mutations import FLOATS, NUMBERS, TEXTS, Parts, Upload, dumped, mutated
@@ -179,7 +179,7 @@ def test_damaged_uploads_are_served_or_refused(
 ) -> None:
     bench, ends, slowest = bench_of(name), Counter[str](), (0.0, 0)
     found: list[Exception] = []
-    for seed in range(cases(300, 1 / len(FORMATS))):
+    for seed in range(cases(200, 1 / len(FORMATS))):
         parts, labels = mutated(bench.uploads, seed)
         peak, began = peak_bytes(), time.thread_time()
         try:
@@ -189,12 +189,13 @@ def test_damaged_uploads_are_served_or_refused(
             assert more < MOST_BYTES, f"{more >> 20} MiB"
             slowest = max(slowest, (took, seed))
         except Exception as error:
-            error.add_note(f"upload {seed} of {name}")
-            found.append(error)
+            if len(found) < MOST_FINDINGS:
+                error.add_note(f"upload {seed} of {name}")
+                found.append(error)
     record_property("ends", dict(ends))
     record_property("slowest", slowest)
     if found:
-        raise ExceptionGroup(f"{len(found)} findings", found[:10])
+        raise ExceptionGroup("findings", found)
     assert ends["served"]  # some damage does no harm, and not all is refused for the same reason
     assert len(ends) > 8
 
@@ -202,7 +203,7 @@ def test_damaged_uploads_are_served_or_refused(
 # ------------------------------------------------------------------------------------- values that can be made smaller
 
 hunts = settings(
-    max_examples=cases(60, 0.01),
+    max_examples=cases(40, 0.01),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 odd_values = st.recursive(
@@ -266,7 +267,7 @@ def test_damaged_uploads_over_http(name: str, bench_of: Callable[[str], Bench], 
         assert answer.status_code == 201, answer.text
         version = answer.json()["version"]
         before = contents(folder)
-        for seed in range(cases(25, 0.05 / len(FORMATS))):
+        for seed in range(cases(15, 0.05 / len(FORMATS))):
             parts, labels = mutated(bench.uploads, seed)
             answer = client.put("/admin/adapters/bad", **form(parts, labels))
             ends[answer.status_code] += 1
