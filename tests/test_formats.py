@@ -939,6 +939,11 @@ def test_an_unsafe_file_name(name: str) -> None:
     refused(lambda: gather([(name, b"")], LIMIT), name or "files", "unsafe_path")
 
 
+def test_a_file_name_that_is_no_text() -> None:
+    refused(lambda: gather([("\ud800", b""), ("\ud800", b"")], LIMIT), "?", "unsafe_path")
+    refused(lambda: gather([("../\ud800", b"")], LIMIT), "../?", "unsafe_path")
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "a\\..\\b"])
 def test_an_unsafe_name_in_an_archive(name: str) -> None:
     refused(lambda: gather([("a.zip", zipped({name: b""}))], LIMIT), name, "unsafe_path")
