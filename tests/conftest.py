@@ -23,8 +23,10 @@ logs.configure("warning", "json")
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 # The same examples in every run and on every machine, and no example database beside the code.
-settings.register_profile("adapterd", derandomize=True, deadline=None, database=None)
-settings.load_profile("adapterd")
+settings.register_profile("slice", derandomize=True, deadline=None, database=None)
+# Others in every run, as many as each test says; what is found is printed so that it can be repeated.
+settings.register_profile("hunt", derandomize=False, deadline=None, database=None, print_blob=True)
+settings.load_profile("slice")
 
 
 @pytest.fixture(scope="session")

@@ -24,6 +24,7 @@ from werkzeug.test import run_wsgi_app
 CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_REGION": "us-east-1"}
 
 SLOW_SECONDS = 0.2
+DRIP_SECONDS = 0.05
 
 
 class Fault(StrEnum):
@@ -33,6 +34,8 @@ class Fault(StrEnum):
     """No answer until it is healed; then the right one."""
     STALL = "stall"
     """The answer begins, and goes on when it is healed."""
+    DRIP = "drip"
+    """The answer comes a byte at a time, never silent for long; the rest of it when it is healed."""
     SLOW = "slow"
     REFUSE = "refuse"
     """Status 500."""
@@ -147,6 +150,8 @@ class FaultyS3:
         start_response(status, list(headers))
         if rule is not None and fault is Fault.STALL:
             return _stalled(answer, rule.healed)
+        if rule is not None and fault is Fault.DRIP:
+            return _dripping(answer, rule.healed)
         return _broken_off(answer) if fault is Fault.TRUNCATE else [answer]
 
     def _rule(self, request: str) -> Rule | None:
@@ -199,3 +204,11 @@ def _stalled(answer: bytes, healed: threading.Event) -> Iterator[bytes]:
     yield answer[: len(answer) // 2]
     healed.wait()
     yield answer[len(answer) // 2 :]
+
+
+def _dripping(answer: bytes, healed: threading.Event) -> Iterator[bytes]:
+    for at in range(len(answer)):
+        if healed.wait(DRIP_SECONDS):
+            yield answer[at:]
+            return
+        yield answer[at : at + 1]

@@ -3,6 +3,7 @@ nothing, and once the store has healed nobody has to restart anything.
 """
 
 import asyncio
+import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import httpx2
 import pytest
+from children import save_tiny_bert, serving
 from faulty import Fault, FaultyS3, faulty_s3
 from helpers import make_artifact, make_blueprint, random_tensors
 from starlette.testclient import TestClient
@@ -52,6 +55,7 @@ UNAVAILABLE, CORRUPT = (503, "store_unavailable"), (500, "corrupt_version")
 OUTCOMES = {
     Fault.HANG: UNAVAILABLE,
     Fault.STALL: UNAVAILABLE,
+    Fault.DRIP: UNAVAILABLE,
     Fault.SLOW: (200, None),
     Fault.REFUSE: UNAVAILABLE,
     Fault.RESET: UNAVAILABLE,
@@ -349,6 +353,54 @@ def test_a_folder_that_is_gone_takes_no_uploads(tmp_path: Path, artifacts: list[
     with pytest.raises(StoreUnavailable):
         asyncio.run(store.put_version("a", artifacts[1]))
     assert not folder.exists()
+
+
+ROOM_BYTES = 64 * 1024
+"""That a file may have while the disk is full; the server's own output is less."""
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of other processes are Linux's")
+def test_a_full_disk_takes_no_uploads_until_there_is_room(tmp_path: Path, bert: Backbone) -> None:
+    """The operating system refuses to write on, in the middle of a file, to a server that runs."""
+    blueprint = make_blueprint(bert.spec, "lora", {"r": 64, "target_modules": "all-linear"})
+    small, large, other = (
+        {"manifest.json": made.manifest_bytes, "adapter.safetensors": made.tensor_bytes}
+        for made in (
+            make_artifact(kind, random_tensors(kind, seed, bert, std=0.01))
+            for seed, kind in enumerate((make_blueprint(bert.spec, "lora", {"r": 2}), blueprint, blueprint))
+        )
+    )
+    assert len(large["adapter.safetensors"]) > 2 * ROOM_BYTES
+    folder = tmp_path / "store"
+
+    def upload(name: str, files: dict[str, bytes]) -> httpx.Response:
+        return server.client.put(f"/admin/adapters/{name}", files=[("files", file) for file in files.items()])
+
+    def ask(name: str) -> int:
+        return server.client.post("/classify", json={"adapter": name, "inputs": "w1 w2"}).status_code
+
+    def stored() -> list[str]:
+        """All files but those that are half-written."""
+        return sorted(str(path) for path in folder.rglob("*") if path.is_file() and "#" not in path.name)
+
+    with serving(tmp_path, str(folder), save_tiny_bert(tmp_path / "tiny-bert")) as server:
+        assert upload("a", small).status_code == 201
+        before = stored()
+        pid, limit = server.process.pid, resource.RLIMIT_FSIZE
+        assert pid is not None
+        _, most = room = resource.prlimit(pid, limit)
+        resource.prlimit(pid, limit, (ROOM_BYTES, most))
+        for _ in range(2):
+            answer = upload("b", large)
+            assert (answer.status_code, answer.json()["error"]["code"]) == UNAVAILABLE
+            assert int(answer.headers["Retry-After"]) >= 1
+            assert stored() == before
+            assert (ask("a"), ask("b")) == (200, 404)
+        assert upload("c", small).status_code == 201  # what there is room for
+        resource.prlimit(pid, limit, room)
+        for name, files in (("b", large), ("d", other)):
+            assert upload(name, files).status_code == 201
+            assert ask(name) == 200
 
 
 # ------------------------------------------------------------------------------------------------------- lost answers

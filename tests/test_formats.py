@@ -939,6 +939,11 @@ def test_an_unsafe_file_name(name: str) -> None:
     refused(lambda: gather([(name, b"")], LIMIT), name or "files", "unsafe_path")
 
 
+def test_a_file_name_that_is_no_text() -> None:
+    refused(lambda: gather([("\ud800", b""), ("\ud800", b"")], LIMIT), "?", "unsafe_path")
+    refused(lambda: gather([("../\ud800", b"")], LIMIT), "../?", "unsafe_path")
+
+
 @pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/passwd", "..", "a\\..\\b"])
 def test_an_unsafe_name_in_an_archive(name: str) -> None:
     refused(lambda: gather([("a.zip", zipped({name: b""}))], LIMIT), name, "unsafe_path")
@@ -1347,6 +1352,12 @@ def test_a_missing_bias_of_bias_all_is_missed(bert: Backbone) -> None:
 def test_too_many_tensors(bert: Backbone) -> None:
     many = safetensors.torch.save({f"t{index}": torch.zeros(0) for index in range(20_001)})
     refused(lambda: read_checkpoint(peft_files() | {WEIGHTS: many}, NAMES, bert), WEIGHTS, "bad_file")
+
+
+def test_what_has_no_name_is_named_by_its_file(bert: Backbone) -> None:
+    refused(lambda: read_checkpoint(peft_files(peft_config(**{"": True})), NAMES, bert), CONFIG, "unsupported_option")
+    refused(lambda: read_hub(edited("seq_bn", **{"": True})), CONFIG, "unsupported_option")
+    refused(lambda: read_checkpoint(with_tensors(**{"": torch.zeros(3)}), NAMES, bert), WEIGHTS, "bad_file")
 
 
 def test_projections_that_multiply_out_beyond_measure_are_refused(bert: Backbone) -> None:

@@ -243,6 +243,8 @@ def read_tensors(file: str, data: bytes | memoryview) -> dict[str, Tensor]:
         raise InvalidAdapter(
             f"{file} has {len(tensors)} tensors, at most {MAX_TENSORS} are read", param=file, code="bad_file"
         )
+    if "" in tensors:
+        raise InvalidAdapter(f"{file} has a tensor without a name", param=file, code="bad_file")
     return tensors
 
 

@@ -125,9 +125,10 @@ def _too_many() -> InvalidAdapter:
 
 
 def _safe(name: str) -> str:
-    path = PurePosixPath(name)
-    if not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts or not path.name:
-        raise InvalidAdapter(f"file name {name!r} is not allowed", param=name or "files", code="unsafe_path")
+    path, printable = PurePosixPath(name), name.encode(errors="replace").decode()
+    unsafe = not name or "\0" in name or "\\" in name or path.is_absolute() or ".." in path.parts or not path.name
+    if unsafe or name != printable:
+        raise InvalidAdapter(f"file name {name!r} is not allowed", param=printable or "files", code="unsafe_path")
     return str(path)
 
 

@@ -186,9 +186,9 @@ def refusal(where: str, options: Mapping[str, Any], option: str, supported: str)
     """The refusal of an option by its name."""
     value = repr(options.get(option))
     return InvalidAdapter(
-        f"{where}: {option} = {value if len(value) <= 200 else value[:200] + '...'} is not supported; "
+        f"{where}: {option or repr(option)} = {value if len(value) <= 200 else value[:200] + '...'} is not supported; "
         f"supported: {supported}",
-        param=option,
+        param=option or where,
         code="unsupported_option",
     )
 
