@@ -25,6 +25,7 @@ from server.settings import Settings
 from server.store.artifact import Artifact, Golden, Training
 from server.store.releases import Plan
 from server.store.store import AdapterStore
+from server.tasks import TASKS
 from server.tasks.head import BIAS
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
@@ -365,6 +366,19 @@ def test_a_shadow_that_cannot_serve_hurts_nobody(bert: Backbone, tmp_path: Path)
     with TestClient(create_app(Settings(), backbone=bert, store=AdapterStore.open(str(tmp_path)))) as client:
         assert serving(client) == one
         assert shadowed(client) == {f'adapter="x",outcome="failed",version="{two[:12]}"': len(TEXTS)}
+
+
+def test_a_comparison_that_fails_is_counted(
+    client: TestClient, bert: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bool:
+        raise ZeroDivisionError
+
+    one, two = uploaded(client, "x", bert, 1, 2)
+    release(client, "x", {one: 1}, shadow=[two])
+    monkeypatch.setattr(type(TASKS["classification"]), "agrees", broken)
+    assert serving(client) == one
+    assert shadowed(client) == {f'adapter="x",outcome="failed",version="{two[:12]}"': len(TEXTS)}
 
 
 def test_shadows_are_left_out_where_there_are_too_many(
