@@ -454,6 +454,11 @@ def held_adapters(client: TestClient) -> dict[str, int]:
     return dict(engine._residency._device._held)
 
 
+def waiting_rows(engine: Any) -> int:
+    with engine._worker._changed:
+        return sum(1 for _ in engine._worker._scheduler.waiting())
+
+
 def batches_of(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Held:
     """Notes all batches from here on, and lets them run."""
     engine: Any = client.app.state.engine
@@ -477,7 +482,7 @@ def test_a_batch_of_all_tasks_equals_each_alone(tiny: TestClient, idle: None, mo
         held.wait_for(lambda: len(held.batches) == 1)  # the device is busy
         running = {name: pool.submit(ask, tiny, route, body) for name, (route, body, _) in requests.items()}
         waiting = sum(rows for _, _, rows in requests.values())
-        held.wait_for(lambda: len(engine._worker._scheduler._queue) == waiting)
+        held.wait_for(lambda: waiting_rows(engine) == waiting)
         held.gate.set()
         first.result()
         together = {name: future.result() for name, future in running.items()}
@@ -540,10 +545,10 @@ def test_adapters_of_the_same_content_answer_side_by_side(fresh: TestClient, sma
 @pytest.mark.parametrize(
     ("adapters", "inputs", "status", "param", "words"),
     [
-        (["classification", "clasification"], "w1", 404, "adapter", "'clasification'"),
-        (["classification", "../x"], "w1", 404, "adapter", "'../x'"),
-        (["classification", "tagging"], "w1", 409, "adapter", "'tagging'"),
-        (["embedding", "classification"], "w1", 409, "adapter", "'embedding'"),
+        (["classification", "clasification"], "w1", 404, "adapters", "'clasification'"),
+        (["classification", "../x"], "w1", 404, "adapters", "'../x'"),
+        (["classification", "tagging"], "w1", 409, "adapters", "'tagging'"),
+        (["embedding", "classification"], "w1", 409, "adapters", "'embedding'"),
         (["classification", "classification"], "w1", 422, "adapters", "twice"),
         (["classification", "relation_extraction"], "w1", 422, "inputs.0.spans", "'relation_extraction'"),
         (
@@ -553,7 +558,7 @@ def test_adapters_of_the_same_content_answer_side_by_side(fresh: TestClient, sma
             "inputs.0.spans",
             "'regression'",
         ),
-        (["classification", ""], "w1", 404, "adapter", "''"),
+        (["classification", ""], "w1", 404, "adapters", "''"),
         ([], "w1", 422, "adapters", "at least 1"),
         (["classification", 3], "w1", 422, "adapters.1", "string"),
         ([f"a{index}" for index in range(300)], "w1", 422, "adapters", "at most 64"),
@@ -585,7 +590,8 @@ def test_an_adapter_that_fails_among_several_fails_the_request(
     body = {"adapters": ["classification", "regression", "multi_label_classification"], "inputs": ["w1", "w2"]}
     with monkeypatch.context() as patched:
         patched.setattr(type(TASKS["regression"]), "apply", lambda *_: torch.full((2, 2), torch.nan))
-        refused(tiny.post("/classify", json=body), 500, code="not_finite_output")
+        message = refused(tiny.post("/classify", json=body), 500, "adapters", code="not_finite_output")
+        assert "'regression'" in message
         assert not held_adapters(tiny)
         without = {**body, "adapters": ["classification", "multi_label_classification"]}
         assert len(ask(tiny, "/classify", without)["answers"]) == 2
