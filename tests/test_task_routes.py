@@ -639,6 +639,26 @@ def test_cold_adapters_are_loaded_and_one_that_cannot_be_is_named(small: Backbon
         assert not held_adapters(client)
 
 
+def test_requests_for_more_than_fits_memory_take_turns(small: Backbone) -> None:
+    """Room for two: requests that each need two others do not wait for each other; three at once are refused."""
+    store = AdapterStore.open("memory://")
+    with TestClient(create_app(Settings(), backbone=small, store=store)) as client:
+        for seed, name in enumerate("abcd"):
+            serve(client, name, tiny_artifact(small, "classification", seed))
+        nbytes = client.get(f"{ADMIN}/a").json()["report"]["memory_bytes"]
+    settings = Settings(host_memory_bytes=2 * nbytes + nbytes // 2, memory_wait_seconds=20)
+    app = create_app(settings, backbone=small, store=store)
+    with TestClient(app, raise_server_exceptions=False) as client, ThreadPoolExecutor(4) as pool:
+
+        def asked(names: str) -> int:
+            return client.post("/classify", json={"adapters": [*names], "inputs": "w1"}).status_code
+
+        assert set(pool.map(asked, ["ab", "cd", "ac", "bd"] * 8)) == {200}
+        answer = client.post("/classify", json={"adapters": [*"abc"], "inputs": "w1"})
+        assert str(3 * nbytes) in refused(answer, 507, "adapters", "over_memory_budget")
+        assert not held_adapters(client)
+
+
 def test_sixty_four_adapters_at_once(fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"a{index}" for index in range(64)]
     for seed, name in enumerate(names):
