@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from server.errors import InvalidAdapter
+from server.store.folder import checkpoint_files
 
 RENAMED = {
     "adapter_model.bin": "adapter_model.safetensors",  # PEFT
@@ -23,9 +24,6 @@ RENAMED = {
 
 COPIED = (".json", ".md", ".txt")
 """What else of a folder belongs to a checkpoint."""
-
-NESTED = "*/config.json"
-"""What of the folders in it does: sentence-transformers keeps the options of its pooling there."""
 
 
 def convert(source: Path, target: Path) -> list[str]:
@@ -50,10 +48,9 @@ def convert(source: Path, target: Path) -> list[str]:
         (target / name).write_bytes(data)
     others = [
         path
-        for path in sorted(source.iterdir())
-        if path.is_file() and path.suffix in (*COPIED, ".safetensors") and path.name not in converted
+        for name, path in sorted(checkpoint_files(source))
+        if path.is_file() and path.suffix in (*COPIED, ".safetensors") and name not in converted
     ]
-    others += sorted(source.glob(NESTED))
     for path in others:
         copy = target / path.relative_to(source)
         copy.parent.mkdir(exist_ok=True)

@@ -29,7 +29,7 @@ AdapterdError
 └── BackboneError           500  the backbone cannot be loaded or served
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 
 class AdapterdError(Exception):
@@ -45,6 +45,12 @@ class AdapterdError(Exception):
         self.message = message
         self.param = param
         self.error_code = code or type(self).code
+
+    def about(self, param: str, message: str | None = None) -> Self:
+        """The same error, said to be about another field, in other words where given."""
+        error = type(self)(message or self.message, param=param, code=self.error_code)
+        error.retry_after = self.retry_after
+        return error
 
 
 class InvalidRequest(AdapterdError):

@@ -133,7 +133,13 @@ class Settings(BaseSettings):
         description="After SIGTERM, how long requests under way may take, the delay included; what is left then gets "
         "503. Less than what kills the process: 30 s on Kubernetes, 10 with `docker stop`.",
     )
-    max_inputs: int = Field(256, ge=1, description="Texts in one request; beyond that 413.")
+    max_inputs: int = Field(
+        256,
+        ge=1,
+        description="Texts in one request, each counted once for every adapter; beyond that 413. So is a request whose "
+        "texts, with all their windows and for all adapters, come to more tokens than as many texts (256 at least) of "
+        "the backbone's length.",
+    )
     max_body_bytes: int = Field(
         2 * 1024 * 1024, ge=1, description="Body of a request other than an upload; beyond that 413."
     )

@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from open_inference.openapi import types as oip
 from open_inference.openapi.client import OpenInferenceClient
 from open_inference.openapi.core.api_error import ApiError
+from safetensors.torch import load_file, save_file
 
 from server.api import compat
 from server.api.deps import get_settings
@@ -445,6 +446,24 @@ def test_vllm_loads_replaces_and_unloads(server: Running) -> None:
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'loaded' removed successfully.")
     vllm_error(server.http.post("/v1/unload_lora_adapter", json=unload), 404, "NotFoundError")
     assert load(server, "loaded", "good").status_code == 200  # a deleted name may come back
+
+
+def test_vllm_loads_the_configurations_of_a_folders_modules(server: Running) -> None:
+    """As `adapterd adapters push` does: the pooling of sentence-transformers lies one folder deeper."""
+    folder = shutil.copytree(FIXTURE, server.root / "vectors")
+    config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "FEATURE_EXTRACTION"}
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"modules_to_save": None}))
+    tensors = load_file(folder / "adapter_model.safetensors")
+    body = {name.replace(".bert.", "."): tensor for name, tensor in tensors.items() if ".lora_" in name}
+    save_file(body, folder / "adapter_model.safetensors")
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text(json.dumps({"pooling_mode_cls_token": True}))
+    (folder / "checkpoint-500").mkdir()
+    (folder / "checkpoint-500" / "optimizer.bin").write_bytes(b"much")
+    answer = load(server, "cls-vectors", folder)
+    assert answer.status_code == 200, answer.text
+    adapter = server.http.get("/admin/adapters/cls-vectors").json()
+    assert (adapter["task"], adapter["manifest"]["head"]["pooling"]) == ("embedding", "cls")
 
 
 def test_vllm_loads_nothing_that_lies_elsewhere(server: Running, tmp_path: Path) -> None:

@@ -27,10 +27,11 @@ from server.adapters.joined import rounded_up
 from server.backbone.backbone import Backbone
 from server.backbone.sharing import Share, shares
 from server.core import ClassifyOptions, Encoding, Pooling
+from server.engine.pipeline import Job
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Ticket, Worker
-from server.errors import InvalidAdapter, NotFiniteOutput
+from server.errors import InvalidAdapter, MemoryFull, NotFiniteOutput
 from server.metrics import Metrics
 from server.tasks.adapter import Blueprint, TaskAdapter
 from server.tasks.pooled import PooledTask
@@ -385,3 +386,14 @@ def test_an_adapter_that_overflows_fails_nobody_else_of_its_fanout(deep: Backbon
             assert isinstance(ticket.future.exception(timeout=0), NotFiniteOutput)
         else:
             same_answers(ticket.future.result(timeout=0), answers_alone(deep, [row]))
+
+
+def test_an_error_that_names_its_adapter_still_says_when_to_come_back(deep: Backbone) -> None:
+    error = MemoryFull("no room")
+    error.retry_after = 7
+    with (
+        pytest.raises(MemoryFull, match=r"'x'.*no room") as caught,
+        Job(head(deep, 0), ClassifyOptions(), name="x").blamed(),
+    ):
+        raise error
+    assert (caught.value.param, caught.value.retry_after) == ("adapter", 7)

@@ -30,6 +30,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from server.adapters import METHODS
 from server.api import compat
+from server.api.compat import hf, oip, tei
+from server.api.schemas import Body
 from server.api.task_schemas import ClassifyBody
 from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
@@ -426,9 +428,19 @@ def test_a_body_full_of_mistakes_costs_no_more_than_one(client: TestClient) -> N
     with pytest.raises(ValidationError) as caught:
         body({"adapter": "lora", "inputs": "a", **fields})
     assert caught.value.error_count() == 1
-    with pytest.raises(ValidationError) as caught:
-        body({"adapter": "lora", "inputs": [1] * 5_000})
-    assert caught.value.error_count() == 1
+    wrong = [1] * 5_000
+    bodies: list[tuple[type[Body], dict[str, Any]]] = [
+        (ClassifyBody, {"adapter": "lora", "inputs": wrong}),
+        (hf.TagInference, {"inputs": "a", "parameters": {"ignore_labels": wrong}}),
+        (hf.SimilarityInference, {"inputs": {"source_sentence": "a", "sentences": wrong}}),
+        (tei.PredictBody, {"inputs": [["a"], *wrong]}),
+        (oip.Input, {"name": "text", "shape": ["a"] * 5_000, "datatype": "BYTES", "data": ["a"]}),
+        (oip.Input, {"name": "text", "shape": [1], "datatype": "BYTES", "data": wrong}),
+    ]
+    for model, fields in bodies:
+        with pytest.raises(ValidationError) as caught:
+            model.model_validate(fields)
+        assert caught.value.error_count() == 1, model
 
 
 def test_more_scores_than_an_answer_should_hold(client: TestClient, minilm: Backbone) -> None:

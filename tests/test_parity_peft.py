@@ -283,6 +283,8 @@ def test_a_regression_is_known_by_the_models_config(labels: int, seed: str, bert
 # --------------------------------------------------------------------------------- the files of sentence-transformers
 
 POOLING = "1_Pooling/config.json"
+PROMPTS = "config_sentence_transformers.json"
+UNSUPPORTED_PROMPT = "default_prompt_name", "unsupported_option"
 
 
 def vectors(bert: Backbone, task_type: str | None = "FEATURE_EXTRACTION", **files: object) -> dict[str, bytes]:
@@ -334,6 +336,13 @@ def test_the_modules_of_sentence_transformers(bert: Backbone) -> None:
     assert (caught.value.param, caught.value.error_code) == (POOLING, "missing_file")
 
 
+@pytest.mark.parametrize("prompt", [{"default_prompt_name": None}, {"default_prompt_name": "document"}], ids=str)
+def test_prompts_that_nobody_puts_before_a_text_do_not_matter(prompt: dict, bert: Backbone) -> None:
+    options = {"prompts": {"query": "query: ", "document": ""}, "similarity_fn_name": "cosine", **prompt}
+    version = read_checkpoint(vectors(bert, **{PROMPTS: options}), None, bert).version
+    assert version == read_checkpoint(vectors(bert), None, bert).version
+
+
 def test_conversion_keeps_the_pooling(bert: Backbone, tmp_path: Path) -> None:
     files = vectors(bert, **{POOLING: {"pooling_mode": "cls"}, "modules.json": modules("Transformer", "Pooling")})
     source, target = tmp_path / "source", tmp_path / "target"
@@ -365,6 +374,9 @@ def test_conversion_keeps_the_pooling(bert: Backbone, tmp_path: Path) -> None:
             "unsupported_option",
         ),
         ({POOLING: []}, POOLING, "bad_file"),
+        ({PROMPTS: {"prompts": {"query": "query: "}, "default_prompt_name": "query"}}, *UNSUPPORTED_PROMPT),
+        ({PROMPTS: {"default_prompt_name": ["query"]}}, *UNSUPPORTED_PROMPT),
+        ({PROMPTS: []}, PROMPTS, "bad_file"),
         ({"modules.json": {}}, "modules.json", "bad_file"),
         ({"modules.json": ["Pooling"]}, "modules.json", "bad_file"),
         ({"modules.json": modules("Transformer", "Pooling", "Dense")}, "type", "unsupported_option"),

@@ -25,6 +25,7 @@ from server.settings import Settings
 from server.store.artifact import Artifact, Golden, Training
 from server.store.releases import Plan
 from server.store.store import AdapterStore
+from server.tasks import TASKS
 from server.tasks.head import BIAS
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]}
@@ -367,6 +368,19 @@ def test_a_shadow_that_cannot_serve_hurts_nobody(bert: Backbone, tmp_path: Path)
         assert shadowed(client) == {f'adapter="x",outcome="failed",version="{two[:12]}"': len(TEXTS)}
 
 
+def test_a_comparison_that_fails_is_counted(
+    client: TestClient, bert: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> bool:
+        raise ZeroDivisionError
+
+    one, two = uploaded(client, "x", bert, 1, 2)
+    release(client, "x", {one: 1}, shadow=[two])
+    monkeypatch.setattr(type(TASKS["classification"]), "agrees", broken)
+    assert serving(client) == one
+    assert shadowed(client) == {f'adapter="x",outcome="failed",version="{two[:12]}"': len(TEXTS)}
+
+
 def test_shadows_are_left_out_where_there_are_too_many(
     client: TestClient, bert: Backbone, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -491,6 +505,7 @@ def test_pinned_adapters_stay_in_memory(bert: Backbone, store: AdapterStore) -> 
         refused(client.put(f"{ADMIN}/a3/pin"), 507, "name", "over_memory_budget")
         refused(client.put(f"{ADMIN}/nobody/pin"), 404)
         [version] = uploaded(client, "a0", bert, 99)
+        client.portal.call(client.app.state.engine._pins.refresh)  # until then the new version may leave
         for name in names:
             serving(client, name)
         assert client.get(f"{ADMIN}/a0").json()["resident"]

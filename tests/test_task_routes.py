@@ -457,6 +457,11 @@ def held_adapters(client: TestClient) -> dict[str, int]:
     return dict(engine._residency._device._held)
 
 
+def waiting_rows(engine: Any) -> int:
+    with engine._worker._changed:
+        return sum(1 for _ in engine._worker._scheduler.waiting())
+
+
 def batches_of(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> Held:
     """Notes all batches from here on, and lets them run."""
     engine: Any = client.app.state.engine
@@ -480,7 +485,7 @@ def test_a_batch_of_all_tasks_equals_each_alone(tiny: TestClient, idle: None, mo
         held.wait_for(lambda: len(held.batches) == 1)  # the device is busy
         running = {name: pool.submit(ask, tiny, route, body) for name, (route, body, _) in requests.items()}
         waiting = sum(rows for _, _, rows in requests.values())
-        held.wait_for(lambda: len(list(engine._worker._scheduler.waiting())) == waiting)
+        held.wait_for(lambda: waiting_rows(engine) == waiting)
         held.gate.set()
         first.result()
         together = {name: future.result() for name, future in running.items()}
@@ -543,10 +548,10 @@ def test_adapters_of_the_same_content_answer_side_by_side(fresh: TestClient, sma
 @pytest.mark.parametrize(
     ("adapters", "inputs", "status", "param", "words"),
     [
-        (["classification", "clasification"], "w1", 404, "adapter", "'clasification'"),
-        (["classification", "../x"], "w1", 404, "adapter", "'../x'"),
-        (["classification", "tagging"], "w1", 409, "adapter", "'tagging'"),
-        (["embedding", "classification"], "w1", 409, "adapter", "'embedding'"),
+        (["classification", "clasification"], "w1", 404, "adapters", "'clasification'"),
+        (["classification", "../x"], "w1", 404, "adapters", "'../x'"),
+        (["classification", "tagging"], "w1", 409, "adapters", "'tagging'"),
+        (["embedding", "classification"], "w1", 409, "adapters", "'embedding'"),
         (["classification", "classification"], "w1", 422, "adapters", "twice"),
         (["classification", "relation_extraction"], "w1", 422, "inputs.0.spans", "'relation_extraction'"),
         (
@@ -556,7 +561,7 @@ def test_adapters_of_the_same_content_answer_side_by_side(fresh: TestClient, sma
             "inputs.0.spans",
             "'regression'",
         ),
-        (["classification", ""], "w1", 404, "adapter", "''"),
+        (["classification", ""], "w1", 404, "adapters", "''"),
         ([], "w1", 422, "adapters", "at least 1"),
         (["classification", 3], "w1", 422, "adapters.1", "string"),
         ([f"a{index}" for index in range(300)], "w1", 422, "adapters", "at most 64"),
@@ -588,7 +593,8 @@ def test_an_adapter_that_fails_among_several_fails_the_request(
     body = {"adapters": ["classification", "regression", "multi_label_classification"], "inputs": ["w1", "w2"]}
     with monkeypatch.context() as patched:
         patched.setattr(type(TASKS["regression"]), "apply", lambda *_: torch.full((2, 2), torch.nan))
-        refused(tiny.post("/classify", json=body), 500, code="not_finite_output")
+        message = refused(tiny.post("/classify", json=body), 500, "adapters", code="not_finite_output")
+        assert "'regression'" in message
         assert not held_adapters(tiny)
         without = {**body, "adapters": ["classification", "multi_label_classification"]}
         assert len(ask(tiny, "/classify", without)["answers"]) == 2
@@ -633,6 +639,26 @@ def test_cold_adapters_are_loaded_and_one_that_cannot_be_is_named(small: Backbon
         assert series(client, "adapterd_texts_total") == {'adapter="a1"': 1}
         rest = {**body, "adapters": ["a0", "a1", "a2", "a4"]}
         same(ask(client, "/classify", rest)["answers"], [*warm["answers"][:3], warm["answers"][4]], 1e-6)
+        assert not held_adapters(client)
+
+
+def test_requests_for_more_than_fits_memory_take_turns(small: Backbone) -> None:
+    """Room for two: requests that each need two others do not wait for each other; three at once are refused."""
+    store = AdapterStore.open("memory://")
+    with TestClient(create_app(Settings(), backbone=small, store=store)) as client:
+        for seed, name in enumerate("abcd"):
+            serve(client, name, tiny_artifact(small, "classification", seed))
+        nbytes = client.get(f"{ADMIN}/a").json()["report"]["memory_bytes"]
+    settings = Settings(host_memory_bytes=2 * nbytes + nbytes // 2, memory_wait_seconds=20)
+    app = create_app(settings, backbone=small, store=store)
+    with TestClient(app, raise_server_exceptions=False) as client, ThreadPoolExecutor(4) as pool:
+
+        def asked(names: str) -> int:
+            return client.post("/classify", json={"adapters": [*names], "inputs": "w1"}).status_code
+
+        assert set(pool.map(asked, ["ab", "cd", "ac", "bd"] * 8)) == {200}
+        answer = client.post("/classify", json={"adapters": [*"abc"], "inputs": "w1"})
+        assert str(3 * nbytes) in refused(answer, 507, "adapters", "over_memory_budget")
         assert not held_adapters(client)
 
 

@@ -153,6 +153,19 @@ def test_a_bad_adapter_fails_nobody_but_its_own_callers(worker: Worker, runner: 
     assert result(worker.submit([row(GOOD)])) == ["good"]  # and the thread lives on
 
 
+def test_a_request_knows_the_row_that_ended_it(worker: Worker, runner: FaultyRunner) -> None:
+    failed = worker.submit([row(GOOD), row(OTHER), row(BAD), row(GOOD)])
+    with pytest.raises(AdapterdError):
+        result(failed)
+    assert failed.failed == 2
+    hold(worker, runner)
+    stopped = worker.submit([row(GOOD)])
+    worker._close(ShuttingDown("bye"))
+    with pytest.raises(ShuttingDown):
+        result(stopped)
+    assert stopped.failed is None
+
+
 def test_an_error_with_a_status_keeps_it(worker: Worker, runner: FaultyRunner) -> None:
     runner.error = AdapterdError("not finite", code="not_finite_output")
     with pytest.raises(AdapterdError) as caught:

@@ -4,7 +4,7 @@ from datetime import timedelta
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Form, Query, Request, Response, UploadFile
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, TypeAdapter, ValidationError
 
 from server.api.access.principal import made_by
 from server.api.answers import (
@@ -197,6 +197,6 @@ def _labels(field: str | None) -> list[str] | None:
     if field is None:
         return None
     try:
-        return TypeAdapter(list[str]).validate_json(field, strict=True)
+        return TypeAdapter(Annotated[list[str], FailFast()]).validate_json(field, strict=True)
     except ValidationError as error:
         raise InvalidRequest("labels: a JSON list of strings is needed", param="labels") from error

@@ -10,9 +10,11 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    GetCoreSchemaHandler,
     JsonValue,
     model_validator,
 )
+from pydantic_core import CoreSchema
 
 from server.core import check_text
 from server.store.releases import KEEP, MAX_SERVING, MAX_SHADOWS, MIN_AGE, Plan, Share, Version
@@ -27,10 +29,28 @@ After = Annotated[
 ]
 
 
+def _fail_fast(schema: Any) -> None:
+    if isinstance(schema, list):
+        for one in schema:
+            _fail_fast(one)
+    elif isinstance(schema, dict):
+        if schema.get("type") == "list":
+            schema["fail_fast"] = True
+        for one in schema.values():
+            _fail_fast(one)
+
+
 class Body(BaseModel):
     """A request's body. It is strict: a wrong type or an unknown field is an error that names it."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Lists are left at the first wrong item: each costs an error object, and a body may hold a million."""
+        schema = handler(source)
+        _fail_fast(schema)
+        return schema
 
     @model_validator(mode="before")
     @classmethod

@@ -8,7 +8,6 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    FailFast,
     Field,
     ValidatorFunctionWrapHandler,
     WrapValidator,
@@ -100,22 +99,18 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str | dict) else value
 
 
-# Lists are left at the first wrong item: each costs an error object.
 TextItems = Annotated[
     list[Annotated[TextItem, WrapValidator(_text_item, json_schema_input_type=str | TextItem)]],
-    FailFast(),
     BeforeValidator(_listed, json_schema_input_type=str | TextItem | list[str | TextItem]),
     Field(min_length=1, description="A text, or a list of texts; with a second text, or marked spans, as an object."),
 ]
 Texts = Annotated[
     list[Text],
-    FailFast(),
     BeforeValidator(_listed, json_schema_input_type=str | list[str]),
     Field(min_length=1, description="A text, or a list of texts."),
 ]
 Questions = Annotated[
     list[Annotated[QuestionItem, WrapValidator(_question_item, json_schema_input_type=QuestionItem)]],
-    FailFast(),
     BeforeValidator(_listed, json_schema_input_type=QuestionItem | list[QuestionItem]),
     Field(min_length=1, description="A question with its context, or a list of them."),
 ]

@@ -28,7 +28,7 @@ from server.api.task_schemas import (
 )
 from server.core import Route, TaskAnswer, TaskRequest
 from server.engine.engine import Engine
-from server.errors import InvalidRequest, TooLarge
+from server.errors import AdapterdError, InvalidRequest, TooLarge
 from server.settings import Settings
 
 router = APIRouter(tags=["tasks"], responses=RESPONSES, dependencies=PATIENCE)
@@ -63,22 +63,24 @@ async def embed(body: EmbedBody, engine: EngineDep, settings: SettingsDep) -> Em
 
 async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) -> list[TaskAnswer]:
     """What the adapters of a body say. Raises InvalidRequest, TooLarge and whatever the engine does."""
-    return await run(
-        TaskRequest(
-            route=route,
-            adapters=_adapters(body, route),
-            inputs=body.items(),
-            options=body.options(),
-            truncate=body.truncate,
-            long=body.cut(),
-            version=body.version,
-            routing_key=body.routing_key if body.routing_key is not None else correlation_id.get() or "",
-            priority=body.priority,
-            timeout_seconds=body.timeout_ms / 1000 if body.timeout_ms is not None else None,
-        ),
-        engine,
-        settings,
+    request = TaskRequest(
+        route=route,
+        adapters=_adapters(body, route),
+        inputs=body.items(),
+        options=body.options(),
+        truncate=body.truncate,
+        long=body.cut(),
+        version=body.version,
+        routing_key=body.routing_key if body.routing_key is not None else correlation_id.get() or "",
+        priority=body.priority,
+        timeout_seconds=body.timeout_ms / 1000 if body.timeout_ms is not None else None,
     )
+    try:
+        return await run(request, engine, settings)
+    except AdapterdError as error:
+        if body.adapters is not None and error.param == "adapter":
+            raise error.about("adapters") from error
+        raise
 
 
 async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[TaskAnswer]:

@@ -45,6 +45,7 @@ from server.errors import (
     DeadlineExceeded,
     DeviceStopped,
     InvalidRequest,
+    OverBudget,
     Overloaded,
     ShuttingDown,
     StoreUnavailable,
@@ -194,6 +195,8 @@ class Engine:
             max_upload_bytes=settings.max_upload_bytes,
             max_batch_tokens=settings.max_batch_tokens,
         )
+        self._lease_turn = asyncio.Lock()
+        """Of requests that take several adapters which are not all in memory."""
         self._embedders: dict[Pooling, TaskAdapter] = {}
         """The backbone alone, by what makes a vector of a text's states."""
         self._following: asyncio.Task[None] | None = None
@@ -347,14 +350,32 @@ class Engine:
         return _Choice(AdapterRef(name, version, release.number if release else None), ())
 
     async def _lease(self, leases: AsyncExitStack, chosen: Sequence[_Choice]) -> list[TaskAdapter]:
-        """All of them. Those that are not in memory are loaded side by side."""
-        cold = [choice.ref for choice in chosen if choice.ref.version not in self._residency]
-        if len(cold) > 1:
-            await asyncio.gather(*(self._load(ref.name, ref.version) for ref in cold))
-        return [
-            await leases.enter_async_context(self._residency.lease(choice.ref.name, choice.ref.version))
-            for choice in chosen
-        ]
+        """All of them. Those that are not in memory are loaded side by side.
+
+        Raises OverBudget where they can never be in memory together.
+        """
+        refs = [choice.ref for choice in chosen]
+        if len(refs) > 1:
+            await self._load_all(refs)
+        async with AsyncExitStack() as turn:
+            # Those that are all here are taken at once. Else one request at a time takes them one by one: two that
+            # hold some and wait for the rest would wait for each other.
+            if len(refs) > 1 and not all(ref.version in self._residency for ref in refs):
+                await turn.enter_async_context(self._lease_turn)
+            return [await leases.enter_async_context(self._residency.lease(ref.name, ref.version)) for ref in refs]
+
+    async def _load_all(self, refs: Sequence[AdapterRef]) -> None:
+        sizes = {ref.version: self._residency.nbytes(ref.version) for ref in refs}
+        cold = [ref for ref in refs if not sizes[ref.version]]
+        loaded = await asyncio.gather(*(self._load(ref.name, ref.version) for ref in cold))
+        sizes.update(zip((ref.version for ref in cold), loaded, strict=True))
+        needed, room = sum(sizes.values()), self._residency.room(sizes.keys())
+        if needed > room:
+            raise OverBudget(
+                f"the {len(refs)} adapters take {needed} bytes together, the memory for adapters has {room} that are "
+                "not pinned to others: ask for fewer in one request",
+                param="adapter",
+            )
 
     def _bare(self, request: TaskRequest) -> TaskAdapter:
         """The backbone alone, for routes that can do without an adapter."""
@@ -491,9 +512,10 @@ class Engine:
         for version in later.traffic if any(version in self._residency for version in known.traffic) else ():
             await self._load(name, version)
 
-    async def _load(self, name: str, version: str) -> None:
+    async def _load(self, name: str, version: str) -> int:
+        """The bytes that it takes in memory."""
         async with self._residency.lease(name, version):
-            pass
+            return self._residency.nbytes(version)
 
 
 def _check_route(name: str, adapter: TaskAdapter, route: Route) -> None:

@@ -62,6 +62,10 @@ class Memory(Generic[V]):
         """What a value takes; 0 where it is not here."""
         return self._values[key][1] if key in self._values else 0
 
+    def room(self, keys: Set[str]) -> int:
+        """Bytes that the values of these keys may come to together: what is not pinned to others."""
+        return self.max_bytes - sum(map(self.nbytes, self._pinned - keys))
+
     @contextmanager
     def held(self, key: str) -> Iterator[None]:
         """Meanwhile the key, here already or on its way, does not leave."""

@@ -45,8 +45,7 @@ class Job:
         except AdapterdError as error:
             if self.name is None:
                 raise
-            message = f"adapter {self.name!r}: {error.message}"
-            raise type(error)(message, param=error.param, code=error.error_code) from error
+            raise error.about(error.param or "adapter", f"adapter {self.name!r}: {error.message}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,16 @@ class Pipeline:
                 code="too_many_tokens",
             )
         rows = [_rows(job, windows) for job, windows in zip(jobs, encoded, strict=True)]
-        refs = [job.ref for job, own in zip(jobs, rows, strict=True) for _ in own]
-        answers = iter(await self._run(list(chain.from_iterable(rows)), refs, terms))
+        owners = [job for job, own in zip(jobs, rows, strict=True) for _ in own]
+        ticket = self._worker.submit(list(chain.from_iterable(rows)), [job.ref for job in owners], terms)
+        try:
+            found: list[Any] = await asyncio.wrap_future(ticket.future)
+        except AdapterdError:
+            if ticket.failed is None:
+                raise
+            with owners[ticket.failed].blamed():
+                raise
+        answers = iter(found)
         pooling = cut.long.pooling if cut.long else WindowPooling.MEAN
         return [
             Answered(await self._read(job, inputs, windows, [next(answers) for _ in own], pooling), windows)
@@ -125,13 +132,8 @@ class Pipeline:
         """
         inputs = [adapter.task.sample(text) for text in texts]
         windows = await self._encode(inputs, adapter.weights.framing.positions, False, False, truncate=True)
-        return await self._run([Row(text, adapter) for [text] in windows], terms=Terms(strict=True))
-
-    async def _run(
-        self, rows: Sequence[Row], refs: Sequence[AdapterRef | None] | None = None, terms: Terms = PLAIN
-    ) -> list[Any]:
-        """An answer to each row: a prediction, or raw outputs."""
-        return await asyncio.wrap_future(self._worker.submit(rows, refs, terms).future)
+        ticket = self._worker.submit([Row(text, adapter) for [text] in windows], terms=Terms(strict=True))
+        return await asyncio.wrap_future(ticket.future)
 
     async def _encode(
         self, inputs: Sequence[TextInput], reserved: int, windowed: bool, aligned: bool, *, truncate: bool

@@ -69,6 +69,10 @@ class Residency:
         """Bytes of adapters that may be on the device."""
         return self._device.max_bytes
 
+    def room(self, versions: Set[str]) -> int:
+        """Bytes on the device that these versions may come to together: what is not pinned to others."""
+        return self._device.room(versions)
+
     @asynccontextmanager
     async def lease(self, name: str, version: str) -> AsyncIterator[TaskAdapter]:
         """The adapter, which stays meanwhile; loaded beside serving where it is not here yet.

@@ -62,6 +62,7 @@ class Shadows:
                 job = Job(adapter, answered.options, AdapterRef(answered.name, version, None))
                 cut = replace(answered.cut, truncate=True)
                 [shadow] = await self._pipeline.answer([job], answered.texts, cut, Terms(Priority.LOW))
+            agreed = sum(map(answered.task.agrees, answered.predictions, shadow.predictions))
         except (Overloaded, TooLarge):
             self._count(answered, version, "skipped", len(answered.texts))
         except AdapterdError as error:
@@ -71,7 +72,6 @@ class Shadows:
             log.exception("shadow failed", adapter=answered.name, version=version)
             self._count(answered, version, "failed", len(answered.texts))
         else:
-            agreed = sum(map(answered.task.agrees, answered.predictions, shadow.predictions))
             self._count(answered, version, "agreed", agreed)
             self._count(answered, version, "disagreed", len(shadow.predictions) - agreed)
 

@@ -37,6 +37,8 @@ class Ticket:
         self.missing = size
         """Answers that are not there yet."""
         self.strict = strict
+        self.failed: int | None = None
+        """Index of the row that ended the request; None where it was no row's fault."""
 
     @property
     def ended(self) -> bool:
@@ -54,6 +56,12 @@ class Ticket:
         """Ends the request with an error, if it has not ended yet."""
         if not self.ended and self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
+
+    def fail_for(self, index: int, error: BaseException) -> None:
+        """The same because of one row."""
+        if not self.ended:
+            self.failed = index
+        self.fail(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +233,9 @@ class Worker:
                 self._scheduler.shrink()
         groups = _by_adapter(work)
         if len(groups) == 1:
-            _fail((queued for queued in work if queued.ticket.strict), _failure(error))
+            for queued in work:
+                if queued.ticket.strict:
+                    queued.ticket.fail_for(queued.index, _failure(error))
         # By adapter, so that a bad one fails nobody but its own callers; then halves, so that a bad text fails alone.
         parts = groups if len(groups) > 1 and not no_memory else _halves(work)
         for part in parts:
@@ -234,7 +244,7 @@ class Worker:
         if not parts:
             [queued] = work
             failure = _failure(error)
-            queued.ticket.fail(failure)
+            queued.ticket.fail_for(queued.index, failure)
             if queued.ref is not None and not no_memory:
                 outcomes.setdefault(queued.ref, failure)
 

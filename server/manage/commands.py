@@ -453,22 +453,19 @@ def _asked_on_a_terminal() -> bool:
 
 
 def _files(paths: Sequence[Path]) -> list[tuple[str, Path]]:
-    """What is to be uploaded, under which names: files, and those that lie in a folder; hidden ones are nobody's
-    checkpoint. Of what lies deeper only the configurations, as sentence-transformers has them; the rest is a trainer's.
-    """
+    """What is to be uploaded, under which names: files, and those of folders."""
     from server.manage.manager import WrongUse
+    from server.store.folder import checkpoint_files
 
     found: list[tuple[str, Path]] = []
     for path in paths:
         if not path.is_dir():
             found.append((path.name, _file(path)))
             continue
-        inside = sorted(file for file in [*path.glob("*"), *path.glob("*/config.json")] if file.is_file())
-        names = [(file.relative_to(path).as_posix(), file) for file in inside]
-        shown = [(name, file) for name, file in names if not name.startswith(".")]
-        if not shown:
+        inside = sorted((name, file) for name, file in checkpoint_files(path) if file.is_file())
+        if not inside:
             raise WrongUse(f"folder {path} has no files")
-        found += shown
+        found += inside
     return found
 
 

@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, BeforeValidator, FailFast, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 import server
 from server.api import tasks
@@ -67,7 +67,7 @@ class Input(Body):
     shape: list[int] = Field(description="[n] or [n, 1]")
     datatype: Literal["BYTES"]
     parameters: dict[str, Any] | None = None
-    data: Annotated[list[str], FailFast(), BeforeValidator(_flat)]
+    data: Annotated[list[str], BeforeValidator(_flat)]
 
 
 class Output(Body):

@@ -68,7 +68,7 @@ class _TeiBody(Body):
 
 
 Sequence = Annotated[list[Text], Field(min_length=1, max_length=2)]
-Batch = Annotated[list[Sequence], Field(min_length=1, fail_fast=True)]
+Batch = Annotated[list[Sequence], Field(min_length=1)]
 
 
 def _kind(inputs: Any) -> str:

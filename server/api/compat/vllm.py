@@ -24,6 +24,7 @@ from server.engine.engine import Engine
 from server.engine.publishing import Upload
 from server.errors import InvalidRequest, TooLarge, UnknownAdapter
 from server.settings import Settings
+from server.store.folder import checkpoint_files
 from server.store.formats.files import MAX_FILES
 
 
@@ -186,9 +187,9 @@ async def _serves(name: str, engine: Engine) -> bool:
 
 
 def _read(lora_path: str, settings: Settings) -> list[tuple[str, bytes]]:
-    """The files of a folder, or one file, that lie below the one folder from which clients may load.
+    """One file, or those of a folder that belong to a checkpoint, below the one folder from which clients may load.
 
-    Where links lead counts, not where they lie. What is hidden or not a plain file is nobody's checkpoint.
+    Where links lead counts, not where they lie.
     """
     if settings.lora_path_root is None:
         raise _refusal(
@@ -200,10 +201,10 @@ def _read(lora_path: str, settings: Settings) -> list[tuple[str, bytes]]:
         path = _below(root, root / lora_path, lora_path)
         if not path.exists():
             raise UnknownAdapter(f"No adapter found for {lora_path[:200]}", param="lora_path")
-        inside = sorted(islice(path.iterdir(), MAX_FILES + 1)) if path.is_dir() else [path]
+        inside = sorted(islice(checkpoint_files(path), MAX_FILES + 1)) if path.is_dir() else [(path.name, path)]
         if len(inside) > MAX_FILES:
             raise _refusal(f"lora_path: more than {MAX_FILES} files")
-        found = {one.name: _below(root, one, one.name) for one in inside if not one.name.startswith(".")}
+        found = {name: _below(root, one, name) for name, one in inside}
         plain = {name: file for name, file in found.items() if file.is_file()}
         if sum(file.stat().st_size for file in plain.values()) > settings.max_upload_bytes:
             raise TooLarge(f"the files are over the limit of {settings.max_upload_bytes} bytes", param="lora_path")

@@ -12,6 +12,8 @@ MODULES = "modules.json"
 CONFIG = "1_Pooling/config.json"
 """Where it is unless modules.json says otherwise."""
 
+PROMPTS = "config_sentence_transformers.json"
+
 POOLINGS = {"mean": Pooling.MEAN, "cls": Pooling.CLS, "lasttoken": Pooling.LAST}
 
 OLD_MODES = {
@@ -35,8 +37,8 @@ def describes(files: Mapping[str, bytes]) -> bool:
 def embedding(files: Mapping[str, bytes], labels: Sequence[str] | None) -> Head:
     """The task of an adapter without a head: vectors of length 1, means over the tokens unless the files differ.
 
-    Raises InvalidAdapter naming the option for a pooling that is not known and for another kind of module, and naming
-    the file of a pooling that modules.json speaks of where it is missing.
+    Raises InvalidAdapter naming the option for a pooling that is not known, for another kind of module and for a prompt
+    before every text, and naming the file of a pooling that modules.json speaks of where it is missing.
     """
     refuse_labels(labels, "a checkpoint without a head gives vectors, which")
     options, normalize = [CONFIG] if CONFIG in files else [], True
@@ -44,8 +46,17 @@ def embedding(files: Mapping[str, bytes], labels: Sequence[str] | None) -> Head:
         modules = [(_kind(module), module) for module in read_json_list(files, MODULES)]
         options = [f"{module.get('path')}/config.json" for kind, module in modules if kind == "Pooling"]
         normalize = any(kind == "Normalize" for kind, _ in modules)
+    _refuse_prompt(read_json(files, PROMPTS) if PROMPTS in files else {})
     poolings = [_pooling(file, read_json(files, file)) for file in options]
     return Head("embedding", {"pooling": poolings[0] if poolings else Pooling.MEAN, "normalize": normalize}, ())
+
+
+def _refuse_prompt(options: Mapping[str, Any]) -> None:
+    """The library would put the default prompt before each text; without it the vectors are others."""
+    name, prompts = options.get("default_prompt_name"), options.get("prompts")
+    empty = isinstance(name, str) and isinstance(prompts, dict) and prompts.get(name) == ""
+    if name is not None and not empty:
+        raise refusal(PROMPTS, options, "default_prompt_name", "null, and the prompt in the request's texts")
 
 
 def _kind(module: Any) -> str:
