@@ -412,7 +412,7 @@ def pair_tokenizer() -> Tokenizer:
     fast.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=special
     )
-    return Tokenizer(fast, MAX_TOKENS)
+    return Tokenizer(fast, MAX_TOKENS, cls_id=fast.token_to_id("[CLS]"))
 
 
 @pytest.fixture(scope="module")
