@@ -927,6 +927,24 @@ def test_long_texts_for_many_adapters_are_limited(fresh: TestClient, small: Back
     assert not held_adapters(fresh)
 
 
+def test_the_outputs_of_one_request_are_limited(
+    fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A label for each token of each adapter: what is held in memory until it is read."""
+    names = ["a", "b", "c"]
+    for name in names:
+        serve(fresh, name, tiny_artifact(small, "tagging", method="head_only", config={}))
+    used = ask(fresh, "/tag", {"adapter": "a", "inputs": ["w1 w2", "w3"]})["usage"]["tokens"]
+    monkeypatch.setattr("server.engine.pipeline.MAX_OUTPUTS", 2 * used * len(TASK_LABELS["tagging"]))
+    held = batches_of(fresh, monkeypatch)
+    assert len(ask(fresh, "/tag", {"adapters": names[:2], "inputs": ["w1 w2", "w3"]})["answers"]) == 2
+    before = len(held.batches)
+    body = {"adapters": names, "inputs": ["w1 w2", "w3"]}
+    message = refused(fresh.post("/tag", json=body), 413, "inputs", "too_many_outputs")
+    assert f"{3 * used * len(TASK_LABELS['tagging'])} numbers" in message
+    assert len(held.batches) == before
+
+
 def test_a_first_text_without_room_for_windows_is_refused(tiny: TestClient, idle: None) -> None:
     long = words(43)
     for route, body in (

@@ -11,12 +11,12 @@ from torch import Tensor
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
 from server.errors import InvalidRequest
 from server.tasks import metrics
-from server.tasks.base import Restore, need_labels
+from server.tasks.base import Numbers, Restore, need_labels
 from server.tasks.classification import activated
 from server.tasks.examples import TextExample
 from server.tasks.head import BIAS, WEIGHT
 from server.tasks.metrics import Report
-from server.tasks.pooled import PooledConfig, TextTask
+from server.tasks.pooled import PooledConfig, TextTask, scored
 
 LABEL = "score"
 """The only label of an adapter that is trained on one number."""
@@ -55,6 +55,10 @@ class Regression(TextTask[PooledConfig, ClassifyOptions, MeasuredText]):
         """The numbers of each row of [texts, labels], in the order of the labels."""
         values = activated(outputs, options.activation or Activation.NONE)[:, : options.top_k].tolist()
         return [[LabelScore(label, value) for label, value in zip(labels, row, strict=False)] for row in values]
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: ClassifyOptions) -> Numbers:
+        """An output of each label, and scores of those that are wanted."""
+        return scored(labels, options.top_k)
 
     def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
         """Whether they are as many, and all are close."""
