@@ -659,6 +659,19 @@ def test_requests_for_more_than_fits_memory_take_turns(small: Backbone) -> None:
         assert not held_adapters(client)
 
 
+def test_a_text_runs_for_all_adapters_in_one_batch(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the texts come to more than one batch: a text in several batches would be computed in each."""
+    app = create_app(Settings(max_batch_tokens=64), backbone=small, store=AdapterStore.open("memory://"))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for seed, name in enumerate("abcd"):
+            serve(client, name, tiny_artifact(small, "classification", seed, method="head_only", config={}))
+        held = batches_of(client, monkeypatch)
+        ask(client, "/classify", {"adapters": [*"abcd"], "inputs": [f"w{index} w1 w2 w3 w4" for index in range(8)]})
+    assert sum(map(len, held.batches)) == 4 * 8
+    assert len(held.batches) > 2
+    assert sum(len({id(row.text) for row in batch}) for batch in held.batches) == 8
+
+
 def test_sixty_four_adapters_at_once(fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"a{index}" for index in range(64)]
     for seed, name in enumerate(names):
