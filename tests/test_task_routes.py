@@ -1223,9 +1223,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
             {"threshold": "0.5"},
             {"threshold": HUGE},
             {"aggregation": "none"},
-            {"adapters": [1] * 600_000},
         )
     ),
+    ("/classify", {"inputs": "w1", "adapters": [1] * 600_000}, "adapters.0"),
     ("/tag", {"inputs": "w1", "aggregation": "best"}, "aggregation"),
     ("/tag", {"inputs": "w1", "aggregation": None}, "aggregation"),
     ("/tag", {"inputs": "w1", "top_k": 1}, "top_k"),
