@@ -449,6 +449,9 @@ def test_more_scores_than_an_answer_should_hold(client: TestClient, minilm: Back
     assert answer.status_code == 201, answer.text
     message = refused(classify(client, "many", ["a"] * 64), 413, "top_k", "too_many_scores")
     assert "128000 scores" in message
+    assert put(client, "other", own_files(many)).status_code == 201
+    several = {"adapters": ["many", "other"], "inputs": ["a"] * 32}  # neither has too many by itself
+    assert "128000 scores" in refused(client.post("/classify", json=several), 413, "top_k", "too_many_scores")
     first, second = scores(classify(client, "many", ["a"] * 64, top_k=2))[0], scores(classify(client, "many", "a"))[0]
     assert len(second) == 2_000
     assert list(first.items()) == [pytest.approx(one, abs=1e-6) for one in list(second.items())[:2]]

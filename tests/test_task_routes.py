@@ -662,6 +662,19 @@ def test_requests_for_more_than_fits_memory_take_turns(small: Backbone) -> None:
         assert not held_adapters(client)
 
 
+def test_a_text_runs_for_all_adapters_in_one_batch(small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the texts come to more than one batch: a text in several batches would be computed in each."""
+    app = create_app(Settings(max_batch_tokens=64), backbone=small, store=AdapterStore.open("memory://"))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        for seed, name in enumerate("abcd"):
+            serve(client, name, tiny_artifact(small, "classification", seed, method="head_only", config={}))
+        held = batches_of(client, monkeypatch)
+        ask(client, "/classify", {"adapters": [*"abcd"], "inputs": [f"w{index} w1 w2 w3 w4" for index in range(8)]})
+    assert sum(map(len, held.batches)) == 4 * 8
+    assert len(held.batches) > 2
+    assert sum(len({id(row.text) for row in batch}) for batch in held.batches) == 8
+
+
 def test_sixty_four_adapters_at_once(fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
     names = [f"a{index}" for index in range(64)]
     for seed, name in enumerate(names):
@@ -930,6 +943,24 @@ def test_long_texts_for_many_adapters_are_limited(fresh: TestClient, small: Back
     assert not held_adapters(fresh)
 
 
+def test_the_outputs_of_one_request_are_limited(
+    fresh: TestClient, small: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A label for each token of each adapter: what is held in memory until it is read."""
+    names = ["a", "b", "c"]
+    for name in names:
+        serve(fresh, name, tiny_artifact(small, "tagging", method="head_only", config={}))
+    used = ask(fresh, "/tag", {"adapter": "a", "inputs": ["w1 w2", "w3"]})["usage"]["tokens"]
+    monkeypatch.setattr("server.engine.pipeline.MAX_OUTPUTS", 2 * used * len(TASK_LABELS["tagging"]))
+    held = batches_of(fresh, monkeypatch)
+    assert len(ask(fresh, "/tag", {"adapters": names[:2], "inputs": ["w1 w2", "w3"]})["answers"]) == 2
+    before = len(held.batches)
+    body = {"adapters": names, "inputs": ["w1 w2", "w3"]}
+    message = refused(fresh.post("/tag", json=body), 413, "inputs", "too_many_outputs")
+    assert f"{3 * used * len(TASK_LABELS['tagging'])} numbers" in message
+    assert len(held.batches) == before
+
+
 def test_a_first_text_without_room_for_windows_is_refused(tiny: TestClient, idle: None) -> None:
     long = words(43)
     for route, body in (
@@ -1174,7 +1205,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
             ({"text": "w1", "spans": [[0, True]]}, ".spans.0.1"),
             ({"text": "w1", "spans": [[0, 1]] * 17}, ".spans"),
             ({"text": "w1", "spans": [[0, 1]] * 100_000}, ".spans"),
-            ({"text": "w1", "spans": [[]] * 500_000}, ".spans"),
+            ({"text": "w1", "spans": [[]] * 500_000}, ".spans.0"),
             ({"text": "w1", "spans": [[0] * 600_000]}, ".spans.0"),
         )
     ),
@@ -1195,9 +1226,9 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
             {"threshold": "0.5"},
             {"threshold": HUGE},
             {"aggregation": "none"},
-            {"adapters": [1] * 600_000},
         )
     ),
+    ("/classify", {"inputs": "w1", "adapters": [1] * 600_000}, "adapters.0"),
     ("/tag", {"inputs": "w1", "aggregation": "best"}, "aggregation"),
     ("/tag", {"inputs": "w1", "aggregation": None}, "aggregation"),
     ("/tag", {"inputs": "w1", "top_k": 1}, "top_k"),

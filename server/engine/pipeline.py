@@ -22,8 +22,11 @@ from server.tasks.pooled import PooledTask
 T = TypeVar("T")
 
 MAX_SCORES = 100_000
-"""Scores of one answer. Making them takes the device's thread microseconds each, in which nobody else is served: two
-and a half million took 9 seconds."""
+"""Scores of one answer, those of all adapters together. Making them takes the device's thread microseconds each, in
+which nobody else is served: two and a half million took 9 seconds."""
+
+MAX_OUTPUTS = 1 << 26
+"""Numbers that the heads make for one request, 256 MiB: they are in memory together until they are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class Pipeline:
         for job in jobs:
             framing = (job.adapter.weights.framing.positions, _windowed(job, cut), job.adapter.task.aligned)
             if framing not in shared:
-                shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate)
+                shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate, max_tokens=max_tokens)
             encoded.append(shared[framing])
         tokens = sum(len(one) for windows in encoded for own in windows for one in own)
         if max_tokens is not None and tokens > max_tokens:
@@ -108,6 +111,7 @@ class Pipeline:
                 param="inputs",
                 code="too_many_tokens",
             )
+        _check_numbers(jobs, encoded)
         rows = [_rows(job, windows) for job, windows in zip(jobs, encoded, strict=True)]
         owners = [job for job, own in zip(jobs, rows, strict=True) for _ in own]
         ticket = self._worker.submit(list(chain.from_iterable(rows)), [job.ref for job in owners], terms)
@@ -136,12 +140,21 @@ class Pipeline:
         return await asyncio.wrap_future(ticket.future)
 
     async def _encode(
-        self, inputs: Sequence[TextInput], reserved: int, windowed: bool, aligned: bool, *, truncate: bool
+        self,
+        inputs: Sequence[TextInput],
+        reserved: int,
+        windowed: bool,
+        aligned: bool,
+        *,
+        truncate: bool,
+        max_tokens: int | None = None,
     ) -> list[list[Encoding]]:
         def encode() -> list[list[Encoding]]:
             if windowed:
-                return self._tokenizer.windows(inputs, reserved=reserved)
-            encodings = self._tokenizer.encode(inputs, truncate=truncate, reserved=reserved, aligned=aligned)
+                return self._tokenizer.windows(inputs, reserved=reserved, max_tokens=max_tokens)
+            encodings = self._tokenizer.encode(
+                inputs, truncate=truncate, reserved=reserved, aligned=aligned, max_tokens=max_tokens
+            )
             return [[encoding] for encoding in encodings]
 
         return await self._compute(encode)
@@ -171,7 +184,7 @@ class Pipeline:
 
 
 def _check(job: Job, inputs: Sequence[TextInput], cut: Cut) -> None:
-    task, labels = job.adapter.task, len(job.adapter.labels)
+    task = job.adapter.task
     if cut.long is not None and not task.windowable:
         raise InvalidRequest(f"long: an adapter for {task.name} needs its texts in one piece", param="long")
     for index, text in enumerate(inputs):
@@ -179,14 +192,29 @@ def _check(job: Job, inputs: Sequence[TextInput], cut: Cut) -> None:
             task.check_input(text)
         except InvalidRequest as error:
             raise InvalidRequest(f"inputs.{index}: {error.message}", param=f"inputs.{index}.{error.param}") from error
-    top_k = getattr(job.options, "top_k", None)
-    scores = len(inputs) * min(top_k or labels, labels)
-    if isinstance(task, PooledTask) and scores > MAX_SCORES:
+
+
+def _check_numbers(jobs: Sequence[Job], encoded: Sequence[Sequence[Sequence[Encoding]]]) -> None:
+    """Raises TooLarge for more outputs or scores than one request may have, over all inputs and adapters."""
+    numbers = [
+        job.adapter.task.numbers(sum(map(len, own)), job.adapter.labels, job.options)
+        for job, windows in zip(jobs, encoded, strict=True)
+        for own in windows
+    ]
+    scores, outputs = sum(one.scores for one in numbers), sum(one.outputs for one in numbers)
+    if scores > MAX_SCORES:
         raise TooLarge(
-            f"{len(inputs)} inputs and {labels} labels make {scores} scores, at most {MAX_SCORES} fit an answer; ask "
+            f"the labels of all inputs for all adapters make {scores} scores, at most {MAX_SCORES} fit an answer; ask "
             "for fewer labels with top_k, or send fewer inputs",
             param="top_k",
             code="too_many_scores",
+        )
+    if outputs > MAX_OUTPUTS:
+        raise TooLarge(
+            f"the labels of all tokens for all adapters make {outputs} numbers, at most {MAX_OUTPUTS} are computed for "
+            "one request; send fewer inputs",
+            param="inputs",
+            code="too_many_outputs",
         )
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class Window:
     encoding: Encoding
     output: Tensor
     """The text's entry of `Task.apply`'s outputs, float32 on the CPU."""
+
+
+class Numbers(NamedTuple):
+    """How much one input makes."""
+
+    outputs: int
+    """Numbers that the head gives for all its windows, which are held until they are read."""
+    scores: int
+    """Of its answer: labels with a score."""
 
 
 Restore = Callable[[dict[str, Tensor]], dict[str, Tensor]]
@@ -105,6 +114,10 @@ class Task(ABC, Generic[ConfigT, HeadT, OptionsT, ExampleT]):
     def sample(self, text: str) -> TextInput:
         """An input that it can answer, made of a text: for smoke tests and golden samples."""
         return TextInput(text)
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: OptionsT) -> Numbers:
+        """What an input of so many tokens in all its windows comes to, at most. Here: nothing worth counting."""
+        return Numbers(0, 0)
 
     @abstractmethod
     def read(

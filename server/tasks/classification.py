@@ -9,10 +9,10 @@ from torch import Tensor
 
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
 from server.tasks import metrics
-from server.tasks.base import ConfigT, HeadT, need_labels
+from server.tasks.base import ConfigT, HeadT, Numbers, need_labels
 from server.tasks.examples import LabelledText
 from server.tasks.metrics import Report
-from server.tasks.pooled import PooledConfig, PooledHead, PooledTask, TextTask
+from server.tasks.pooled import PooledConfig, PooledHead, PooledTask, TextTask, scored
 
 ExampleT = TypeVar("ExampleT", bound=LabelledText)
 
@@ -35,6 +35,10 @@ class SingleLabel(PooledTask[ConfigT, HeadT, ClassifyOptions, ExampleT]):
             [LabelScore(labels[i], score) for i, score in zip(indices, row, strict=True)]
             for indices, row in zip(order, scores, strict=True)
         ]
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: ClassifyOptions) -> Numbers:
+        """An output of each label, and scores of those that are wanted."""
+        return scored(labels, options.top_k)
 
     def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
         """Whether the best labels are the same one."""

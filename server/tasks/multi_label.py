@@ -11,11 +11,11 @@ from torch import Tensor
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelDecision, Route
 from server.errors import InvalidAdapter
 from server.tasks import metrics
-from server.tasks.base import need_labels
+from server.tasks.base import Numbers, need_labels
 from server.tasks.classification import activated, ranked
 from server.tasks.examples import Label, TextExample
 from server.tasks.metrics import Report
-from server.tasks.pooled import PooledConfig, TextTask
+from server.tasks.pooled import PooledConfig, TextTask, scored
 
 THRESHOLD = 0.5
 
@@ -75,6 +75,10 @@ class MultiLabelClassification(TextTask[MultiLabelConfig, ClassifyOptions, Label
             [LabelDecision(labels[i], score, own[i]) for i, score in zip(indices, row, strict=True)]
             for indices, row, own in zip(order, scores, likely.tolist(), strict=True)
         ]
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: ClassifyOptions) -> Numbers:
+        """An output of each label, and scores of those that are wanted."""
+        return scored(labels, options.top_k)
 
     def agrees(self, one: Sequence[LabelDecision], other: Sequence[LabelDecision]) -> bool:
         """Whether the same labels reach their thresholds."""

@@ -11,7 +11,7 @@ from server.adapters.states import TextStates
 from server.core import BackboneSpec, Pooling, Prediction, TextInput, WindowPooling
 from server.errors import InvalidAdapter
 from server.tasks import head as heads
-from server.tasks.base import ConfigT, ExampleT, HeadT, LayeredTask, OptionsT, Task, Window
+from server.tasks.base import ConfigT, ExampleT, HeadT, LayeredTask, Numbers, OptionsT, Task, Window
 from server.tasks.head import Layers, LayersConfig
 
 
@@ -74,6 +74,11 @@ class TextTask(
     def apply(self, head: PooledHead, states: TextStates, start: int, end: int) -> Tensor:
         """Outputs [texts, outputs]."""
         return head.layers(states.pooled(head.pooling)[start:end])
+
+
+def scored(labels: Sequence[str], top_k: int | None) -> Numbers:
+    """An output of each label, and a score of each or of the best."""
+    return Numbers(len(labels), min(top_k or len(labels), len(labels)))
 
 
 def need_pooling(pooling: Pooling, spec: BackboneSpec) -> None:

@@ -25,7 +25,7 @@ from server.core import (
 from server.errors import InvalidAdapter, InvalidRequest
 from server.tasks import head as heads
 from server.tasks import metrics
-from server.tasks.base import LayeredTask, Window, aligned, token_layers
+from server.tasks.base import LayeredTask, Numbers, Window, aligned, token_layers
 from server.tasks.examples import Example, Text
 from server.tasks.head import Layers, LayersConfig
 from server.tasks.metrics import Report
@@ -119,6 +119,10 @@ class QuestionAnswering(LayeredTask[LayersConfig, Layers, AnswerOptions, AskedTe
     def sample(self, text: str) -> TextInput:
         """The text asked about itself."""
         return TextInput(text, text)
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: AnswerOptions) -> Numbers:
+        """Two logits of each token, and the answers that are wanted."""
+        return Numbers(2 * tokens, options.top_k)
 
     def read(
         self,

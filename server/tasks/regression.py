@@ -11,12 +11,12 @@ from torch import Tensor
 from server.core import Activation, BackboneSpec, ClassifyOptions, Encoding, LabelScore, Route
 from server.errors import InvalidRequest
 from server.tasks import metrics
-from server.tasks.base import Restore, need_labels
+from server.tasks.base import Numbers, Restore, need_labels
 from server.tasks.classification import activated, ranked
 from server.tasks.examples import TextExample
 from server.tasks.head import BIAS, WEIGHT
 from server.tasks.metrics import Report
-from server.tasks.pooled import PooledConfig, TextTask
+from server.tasks.pooled import PooledConfig, TextTask, scored
 
 LABEL = "score"
 """The only label of an adapter that is trained on one number."""
@@ -60,6 +60,10 @@ class Regression(TextTask[PooledConfig, ClassifyOptions, MeasuredText]):
             [LabelScore(labels[i], value) for i, value in zip(indices, row, strict=True)]
             for row, indices in zip(*ranked(values, options.top_k), strict=True)
         ]
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: ClassifyOptions) -> Numbers:
+        """An output of each label, and scores of those that are wanted."""
+        return scored(labels, options.top_k)
 
     def agrees(self, one: Sequence[LabelScore], other: Sequence[LabelScore]) -> bool:
         """Whether they are as many, and all are close."""

@@ -27,7 +27,7 @@ from server.core import (
 from server.errors import InvalidRequest
 from server.tasks import head as heads
 from server.tasks import spans
-from server.tasks.base import LayeredTask, Window, aligned, need_labels, token_layers
+from server.tasks.base import LayeredTask, Numbers, Window, aligned, need_labels, token_layers
 from server.tasks.examples import Example, Label
 from server.tasks.head import Layers, LayersConfig
 from server.tasks.metrics import Report
@@ -117,6 +117,10 @@ class Tagging(LayeredTask[LayersConfig, Layers, TagOptions, TaggedTokens]):
         super().check_input(text)
         if text.pair:
             raise InvalidRequest(f"an adapter for {self.name} reads one text, not a pair", param="text_pair")
+
+    def numbers(self, tokens: int, labels: Sequence[str], options: TagOptions) -> Numbers:
+        """A logit of each label for each token. The answer has no more entities than there are tokens."""
+        return Numbers(tokens * len(labels), 0)
 
     def read(
         self,
