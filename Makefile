@@ -5,8 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 IMAGE ?= adapterd:latest
+FUZZ_CASES ?= 200000
 
-.PHONY: install run test soak lint format bench image clean
+.PHONY: install run test soak fuzz lint format bench image clean
 
 install: $(VENV)/.dev
 
@@ -28,6 +29,10 @@ format: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/pytest -m soak
+
+# FUZZ_CASES damaged uploads, half as many requests, and as many lives of adapters as that leaves time for.
+fuzz: $(VENV)/.dev
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest --hypothesis-profile=hunt tests/test_fuzz_formats.py tests/test_fuzz_http.py tests/test_machine_admin.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine

@@ -141,7 +141,7 @@ def changed_document(document: Any, rng: random.Random, others: Sequence[Any] = 
     elif kind == 4:
         del container[key]
     elif kind == 5 and isinstance(value, int | float):
-        container[key] = value + rng.choice((-1, 1, 0.5)) if rng.random() < 0.7 else value * rng.choice((-1, 2, 1e9))
+        container[key] = rng.choice((value + 1, value - 1, -value, value * 2, value * 10**9))
     elif kind == 5 and isinstance(value, str):
         container[key] = rng.choice((value.upper(), value + "s", value[:-1], value * 2, f" {value}", value + "\n"))
     elif kind == 6 and isinstance(container, dict):
