@@ -28,7 +28,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     a key though others than this machine can ask.
     """
     gate = Gate.load(settings)
-    metrics = Metrics()
+    metrics = Metrics(settings.metrics_adapters)
     store = store or AdapterStore.open(
         settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
     )

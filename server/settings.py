@@ -192,6 +192,12 @@ class Settings(BaseSettings):
     jwt_jwks_url: str | None = Field(
         None, description="Where the issuer's keys are; `/.well-known/jwks.json` below the issuer by default."
     )
+    metrics_adapters: int = Field(
+        100,
+        ge=0,
+        description="Adapters with series of their own in `/metrics`, the first so many that answer; the others share "
+        "`other`. Each costs a Prometheus a few series.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
     log_format: LogFormat = Field("auto", description="`auto` is `console` on a terminal, else `json`.")
 
