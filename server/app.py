@@ -30,7 +30,10 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     gate = Gate.load(settings)
     metrics = Metrics(settings.metrics_adapters)
     store = store or AdapterStore.open(
-        settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
+        settings.store,
+        endpoint=settings.store_endpoint,
+        timeout_seconds=settings.store_timeout_seconds,
+        observe=metrics.store_call,
     )
     backbone = backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype)
     engine = Engine(backbone, store, settings, metrics, access=CallersAccess())

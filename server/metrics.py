@@ -1,10 +1,12 @@
 """Every Prometheus series of the server, in one place. An application has its own registry, so nothing is global."""
 
-from collections.abc import Hashable, Iterable
+import time
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import CounterMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -62,6 +64,91 @@ class AnsweredByAdapter(Collector):
         return texts, tokens
 
 
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """An adapter in memory."""
+
+    adapter: str
+    level: str
+    """`gpu`: ready to run, whatever the device is; `cpu`: in the host's memory, from where it has to be copied."""
+    pinned: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What the engine is at when somebody looks."""
+
+    requests_waiting: int = 0
+    """Requests of which nothing runs yet."""
+    requests_running: int = 0
+    queue_share: float = 0.0
+    """Of the queue: how much is taken, 0 to 1."""
+    running_adapters: Sequence[str] = ()
+    waiting_adapters: Sequence[str] = ()
+    loaded: Sequence[Loaded] = ()
+    ready: int = 0
+    """Versions that are ready to run."""
+    capacity: int = 1
+    """How many fit, of the mean size of those."""
+    text_rows: int = 0
+    """Rows of forwards that were a text's, since the start."""
+    computed_rows: int = 0
+    """All of them, padding and filler included."""
+
+
+class Live(Collector):
+    """What is known only at the moment of a scrape. Beside two counters, it is the series by which gateways choose a
+    server: vLLM's names, since the endpoint picker of the Gateway API inference extension knows those."""
+
+    def __init__(self, load_seconds: Histogram) -> None:
+        self._load_seconds = load_seconds
+        self.snapshot = Snapshot()
+        """What the next scrape tells."""
+
+    def collect(self) -> Iterable[Metric]:
+        """All series, each once: a gateway takes the last of several that it finds."""
+        now = self.snapshot
+        gauges = {
+            "vllm:num_requests_waiting": ("Requests of which nothing runs yet.", now.requests_waiting),
+            "vllm:num_requests_running": ("Requests in the running batch.", now.requests_running),
+            "vllm:kv_cache_usage_perc": ("Share of the queue that is taken, 0 to 1.", now.queue_share),
+            "vllm:num_gpu_loaded_lora_adapters": ("Adapter versions that are ready to run.", now.ready),
+            "vllm:max_gpu_lora_adapters": ("How many of their mean size fit.", now.capacity),
+        }
+        for name, (documentation, value) in gauges.items():
+            yield GaugeMetricFamily(name, documentation, value)
+        requests = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters at work, as of this unix time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        # Without spaces: readers split at the comma and do not trim.
+        names = [",".join(adapters) for adapters in (now.running_adapters, now.waiting_adapters)]
+        requests.add_metric([str(now.capacity), *names], time.time())
+        yield requests
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded", "Adapters in memory.", labels=["adapter_name", "level", "pinned"]
+        )
+        for one in now.loaded:
+            loaded.add_metric([one.adapter, one.level, str(one.pinned).lower()], 1)
+        yield loaded
+        yield _renamed(self._load_seconds, "vllm:lora_adapter_load_seconds")
+        yield CounterMetricFamily("adapterd_text_rows", "Rows of forwards that were a text's.", now.text_rows)
+        yield CounterMetricFamily(
+            "adapterd_computed_rows", "Rows of forwards, with padding and filler.", now.computed_rows
+        )
+
+
+def _renamed(histogram: Histogram, name: str) -> Metric:
+    """The same values under another name."""
+    [metric] = histogram.collect()
+    renamed = Metric(name, metric.documentation, metric.type)
+    renamed.samples = [
+        sample._replace(name=f"{name}{sample.name.removeprefix(metric.name)}") for sample in metric.samples
+    ]
+    return renamed
+
+
 class Metrics:
     """The series. Labels never hold what a client can invent: a route's template, a status, an adapter that exists."""
 
@@ -99,6 +186,25 @@ class Metrics:
             "adapterd_throughput_tokens", "Tokens a second while work waits, smoothed.", registry=registry
         )
         self.batch_budget = Gauge("adapterd_batch_budget_tokens", "Token budget of a batch now.", registry=registry)
+        self.tokenize_seconds = Histogram(
+            "adapterd_tokenize_seconds",
+            "Tokenizing the inputs of a request, the wait for a thread included.",
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.store_seconds = Histogram(
+            "adapterd_store_seconds",
+            "Calls of the adapter store, further tries included.",
+            ["operation", "outcome"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self.adapter_lookups = Counter(
+            "adapterd_adapter_lookups",
+            "Adapters that requests asked for, by whether they were ready to run.",
+            ["outcome"],
+            registry=registry,
+        )
         self.rejected = Counter("adapterd_rejected", "Requests refused unrun.", ["reason"], registry=registry)
         self.expired = Counter("adapterd_expired", "Requests whose deadline passed.", registry=registry)
         self.cancelled = Counter("adapterd_cancelled", "Requests whose client hung up.", registry=registry)
@@ -127,6 +233,8 @@ class Metrics:
             buckets=SECONDS,
             registry=registry,
         )
+        self.live = Live(self.adapter_load_seconds)
+        registry.register(self.live)
         self._shadow_label = Bounded(adapters, (OTHER, OTHER))
         self._shadow_texts = Counter(
             "adapterd_shadow_texts",
@@ -135,6 +243,10 @@ class Metrics:
             registry=registry,
         )
         self.releases = Counter("adapterd_releases", "Releases made by this process.", ["kind"], registry=registry)
+
+    def store_call(self, operation: str, outcome: str, seconds: float) -> None:
+        """A call of the adapter store has ended. From any thread."""
+        self.store_seconds.labels(operation, outcome).observe(seconds)
 
     def count_shadow(self, adapter: str, version: str, outcome: str, texts: int) -> None:
         """Texts of an adapter that a shadow version of it has computed, or not. Called on the event loop only."""

@@ -253,6 +253,11 @@ class Scheduler(Generic[WorkT]):
         return {priority: line.tokens for priority, line in self._rounds.items()}
 
     @property
+    def share(self) -> float:
+        """Of the queue: how much is taken, 0 to 1."""
+        return min(1.0, sum(self.tokens.values()) / self._max_queue_tokens)
+
+    @property
     def budget(self) -> int:
         """Tokens of a batch, for now."""
         quick = (self.throughput or math.inf) * self._batch_seconds

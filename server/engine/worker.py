@@ -77,6 +77,21 @@ class QueuedRow:
         return self.ref.name if self.ref else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker has to do at one moment."""
+
+    requests_waiting: int
+    """Requests of which nothing runs yet."""
+    requests_running: int
+    queue_share: float
+    """Of the queue: how much is taken, 0 to 1."""
+    running: Sequence[str]
+    """Adapters in the running batch."""
+    waiting: Sequence[str]
+    """Adapters for which work waits, in the order of priority and arrival."""
+
+
 _Outcomes = dict[AdapterRef, AdapterdError | None]
 """Of a batch that failed: adapters none of whose rows could be answered, and why; None: some could."""
 
@@ -128,6 +143,20 @@ class Worker:
             if ref is not None:
                 self._quarantine.check(ref)
 
+    def load(self) -> Load:
+        """What runs and what waits now."""
+        with self._changed:
+            running, waiting = self._running, list(self._scheduler.waiting())
+            share = self._scheduler.share
+        running_tickets = {queued.ticket for queued in running}
+        return Load(
+            requests_waiting=len({queued.ticket for queued in waiting} - running_tickets),
+            requests_running=len(running_tickets),
+            queue_share=share,
+            running=_names(running),
+            waiting=_names(waiting),
+        )
+
     def submit(
         self, rows: Sequence[Row], refs: Sequence[AdapterRef | None] | None = None, terms: Terms = PLAIN
     ) -> Ticket:
@@ -172,7 +201,6 @@ class Worker:
         try:
             backlog, ended = False, 0.0
             while (batch := self._next_batch()) is not None:
-                self._running = batch.work
                 started = time.perf_counter()
                 self._run(batch.work)
                 before, ended = ended, time.perf_counter()
@@ -197,6 +225,7 @@ class Worker:
                 batch = self._scheduler.next_batch() if pause == 0 else None
                 self._measure_queue()
                 if batch is not None:
+                    self._running = batch.work
                     return batch
                 self._changed.wait(pause)
             return None
@@ -295,6 +324,11 @@ def _failure(error: Exception) -> AdapterdError:
     if _out_of_memory(error):
         return MemoryFull("the device has no memory left for this text")
     return error if isinstance(error, AdapterdError) else AdapterdError("this batch failed on the device")
+
+
+def _names(work: Iterable[QueuedRow]) -> list[str]:
+    """The adapters of rows, each once; the server's own work has none."""
+    return list(dict.fromkeys(queued.ref.name for queued in work if queued.ref))
 
 
 def _same_version(one: AdapterRef | None, other: AdapterRef) -> bool:
