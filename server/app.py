@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.types import Scope
 
 import server
-from server.api import admin, compat, errors, health, tasks
+from server.api import admin, compat, debugging, errors, health, tasks
 from server.api.access.audit import Audit
 from server.api.access.gate import Authenticate, Gate
 from server.api.access.principal import CallersAccess
@@ -50,7 +50,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.asks_for_keys = gate.closed
-    for router in (tasks.router, admin.router, health.router, *compat.ROUTERS):
+    for router in (tasks.router, admin.router, debugging.router, health.router, *compat.ROUTERS):
         app.include_router(router)
     errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))

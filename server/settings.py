@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
 
 
@@ -198,7 +199,7 @@ class Settings(BaseSettings):
         description="Adapters with series of their own in `/metrics`, the first so many that answer; the others share "
         "`other`. Each costs a Prometheus a few series.",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    log_level: LogLevel = Field("info", description="Least severe line logged.")
     log_format: LogFormat = Field("auto", description="`auto` is `console` on a terminal, else `json`.")
 
     @model_validator(mode="after")

@@ -15,6 +15,8 @@ from pydantic import (
 )
 
 from server.core import check_text
+from server.engine.recent import RanBatch
+from server.settings import LogLevel
 from server.store.releases import KEEP, MAX_SERVING, MAX_SHADOWS, MIN_AGE, Plan, Share, Version
 from server.store.report import Report
 
@@ -251,6 +253,25 @@ class CollectAnswer(BaseModel):
     removed: list[CollectedVersion]
     bytes: int
     dry_run: bool
+
+
+class LogLevelBody(Body):
+    """How much to log."""
+
+    level: LogLevel = Field(description="The least severe line logged.")
+
+
+class LogLevelAnswer(BaseModel):
+    """How much is logged, by this process and until it ends."""
+
+    level: LogLevel
+    before: str
+
+
+class BatchList(BaseModel):
+    """What ran last on the device, the latest first."""
+
+    batches: list[RanBatch]
 
 
 class BackboneInfo(BaseModel):

@@ -33,6 +33,7 @@ from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.proof import Prover
 from server.engine.publishing import Published, Publisher, Upload
 from server.engine.quarantine import Quarantine
+from server.engine.recent import RanBatch
 from server.engine.residency import Residency
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -254,6 +255,11 @@ class Engine:
             text_rows=self._backbone.text_rows,
             computed_rows=self._backbone.computed_rows,
         )
+
+    def recent_batches(self, limit: int) -> list[RanBatch]:
+        """The batches that ran last, the latest first."""
+        self._access.require_all("what runs in batches")
+        return self._worker.recent.newest_first(limit)
 
     def start(self) -> None:
         """Starts the device's thread, and following the store's pins."""

@@ -12,6 +12,7 @@ import torch
 
 from server.core import PLAIN, AdapterRef, Terms
 from server.engine.quarantine import Quarantine
+from server.engine.recent import RanBatch, RanRow, RecentBatches
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Batch, Scheduler, Unit
 from server.errors import AdapterdError, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
@@ -42,6 +43,16 @@ class Ticket:
     def ended(self) -> bool:
         """Nobody waits any more: answered, failed or cancelled."""
         return self.future.done()
+
+    @property
+    def outcome(self) -> str:
+        """What has become of it up to now: `answered`, `cancelled`, or an error's code."""
+        if not self.ended:
+            return "answered"  # as far as it has run
+        if self.future.cancelled():
+            return "cancelled"
+        error = self.future.exception()
+        return "answered" if error is None else str(getattr(error, "error_code", "internal"))
 
     def put(self, index: int, answer: Any) -> None:
         """The answer to one row."""
@@ -115,6 +126,8 @@ class Worker:
         self._stopping = False
         self._running: list[QueuedRow] = []
         self._thread = threading.Thread(target=self._work, name="adapterd-device", daemon=True)
+        self.recent = RecentBatches()
+        """Those that ran last."""
         self.crashed = False
         """The thread has died, which it never should."""
 
@@ -292,6 +305,7 @@ class Worker:
         for wait in batch.waits:
             metrics.queue_seconds.observe(wait)
         metrics.batch_budget.set(self._scheduler.budget)
+        self.recent.note(_record(batch, seconds))
 
     def _measure_throughput(self, tokens: int, seconds: float) -> None:
         with self._changed:
@@ -329,6 +343,15 @@ def _failure(error: Exception) -> AdapterdError:
 def _names(work: Iterable[QueuedRow]) -> list[str]:
     """The adapters of rows, each once; the server's own work has none."""
     return list(dict.fromkeys(queued.ref.name for queued in work if queued.ref))
+
+
+def _record(batch: Batch[QueuedRow], seconds: float) -> RanBatch:
+    """What is kept of a batch: nothing that holds a text, an answer or an adapter."""
+    rows = [
+        RanRow(queued.adapter, queued.ref.version if queued.ref else "", queued.tokens, wait, queued.ticket.outcome)
+        for queued, wait in zip(batch.work, batch.waits, strict=True)
+    ]
+    return RanBatch(time.time() - seconds, seconds, batch.tokens, batch.backlog, rows)
 
 
 def _same_version(one: AdapterRef | None, other: AdapterRef) -> bool:
