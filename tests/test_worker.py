@@ -434,16 +434,21 @@ def test_the_last_batches_are_kept_without_their_texts(worker: Worker, runner: F
     assert worker.recent.newest_first(1) == [latest]
 
 
-def test_a_request_that_was_given_up_is_told_apart() -> None:
-    ticket = Ticket(1)
-    assert ticket.outcome == "answered"  # as far as it has run
-    ticket.future.cancel()
-    assert ticket.outcome == "cancelled"
+def test_a_request_that_was_given_up_is_told_apart(worker: Worker, runner: FaultyRunner) -> None:
+    given_up = hold(worker, runner)
+    given_up.future.cancel()
+    runner.gate.set()
+    result(worker.submit([row(GOOD)], [ref(GOOD)]))
+    worker.stop()
+    assert [[one.outcome for one in batch.rows] for batch in worker.recent.newest_first()] == [
+        ["answered"],
+        ["cancelled"],
+    ]
 
 
 def test_only_so_many_batches_are_kept() -> None:
     recent = RecentBatches()
     for number in range(KEPT + 3):
-        recent.note(RanBatch(float(number), 0.0, 0, False, ()))
+        recent.note(RanBatch(float(number), 0.0, 0, False, (), (), (), ()))
     kept = [batch.started_at for batch in recent.newest_first()]
     assert kept == [float(number) for number in range(KEPT + 2, 2, -1)]

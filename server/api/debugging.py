@@ -9,7 +9,7 @@ from server.api.access.principal import CallersAccess
 from server.api.admin import PREFIX
 from server.api.deps import EngineDep
 from server.api.errors import RESPONSES
-from server.api.schemas import BatchList, LogLevelAnswer, LogLevelBody
+from server.api.schemas import BatchInfo, BatchList, LogLevelAnswer, LogLevelBody
 from server.engine.recent import KEPT
 
 router = APIRouter(prefix=PREFIX, tags=["admin"], responses=RESPONSES)
@@ -25,4 +25,4 @@ async def set_log_level(body: LogLevelBody) -> LogLevelAnswer:
 @router.get("/debug/batches")
 async def list_batches(engine: EngineDep, limit: Annotated[int, Query(ge=1, le=KEPT)] = KEPT) -> BatchList:
     """The batches that ran last: whose rows, how long, how long they waited. No texts."""
-    return BatchList(batches=engine.recent_batches(limit))
+    return BatchList(batches=[BatchInfo.model_validate(batch) for batch in engine.recent_batches(limit)])

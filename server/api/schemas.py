@@ -15,7 +15,7 @@ from pydantic import (
 )
 
 from server.core import check_text
-from server.engine.recent import RanBatch
+from server.engine.recent import RanRow
 from server.settings import LogLevel
 from server.store.releases import KEEP, MAX_SERVING, MAX_SHADOWS, MIN_AGE, Plan, Share, Version
 from server.store.report import Report
@@ -268,10 +268,22 @@ class LogLevelAnswer(BaseModel):
     before: str
 
 
+class BatchInfo(BaseModel):
+    """A batch that ran."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    started_at: float = Field(description="Unix time.")
+    seconds: float = Field(description="On the device; where it failed, with all further tries.")
+    tokens: int
+    backlog: bool = Field(description="Whether work was left waiting.")
+    rows: list[RanRow]
+
+
 class BatchList(BaseModel):
     """What ran last on the device, the latest first."""
 
-    batches: list[RanBatch]
+    batches: list[BatchInfo]
 
 
 class BackboneInfo(BaseModel):

@@ -4,7 +4,11 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from server.core import AdapterRef
+
 KEPT = 50
+
+ANSWERED = "answered"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +27,7 @@ class RanRow:
 
 @dataclass(frozen=True, slots=True)
 class RanBatch:
-    """What ran in one go."""
+    """What ran in one go, as it is noted: one entry for each row in the lists, since the device waits meanwhile."""
 
     started_at: float
     """Unix time."""
@@ -32,7 +36,18 @@ class RanBatch:
     tokens: int
     backlog: bool
     """Whether work was left waiting."""
-    rows: Sequence[RanRow]
+    refs: Sequence[AdapterRef | None]
+    row_tokens: Sequence[int]
+    waits: Sequence[float]  # seconds
+    outcomes: Sequence[str]
+
+    @property
+    def rows(self) -> list[RanRow]:
+        """Its rows one by one."""
+        return [
+            RanRow(ref.name if ref else "", ref.version if ref else "", tokens, wait, outcome)
+            for ref, tokens, wait, outcome in zip(self.refs, self.row_tokens, self.waits, self.outcomes, strict=True)
+        ]
 
 
 class RecentBatches:

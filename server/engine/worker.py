@@ -12,7 +12,7 @@ import torch
 
 from server.core import PLAIN, AdapterRef, Terms
 from server.engine.quarantine import Quarantine
-from server.engine.recent import RanBatch, RanRow, RecentBatches
+from server.engine.recent import ANSWERED, RanBatch, RecentBatches
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Batch, Scheduler, Unit
 from server.errors import AdapterdError, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
@@ -35,6 +35,8 @@ class Ticket:
         """`size`: answers to wait for. `strict`: see Terms."""
         self.future: Future[list[Any]] = Future()
         self._answers: list[Any] = [None] * size
+        self.outcome = ANSWERED
+        """What has become of it up to now; else `cancelled`, or the code of an error."""
         self.missing = size
         """Answers that are not there yet."""
         self.strict = strict
@@ -43,16 +45,6 @@ class Ticket:
     def ended(self) -> bool:
         """Nobody waits any more: answered, failed or cancelled."""
         return self.future.done()
-
-    @property
-    def outcome(self) -> str:
-        """What has become of it up to now: `answered`, `cancelled`, or an error's code."""
-        if not self.ended:
-            return "answered"  # as far as it has run
-        if self.future.cancelled():
-            return "cancelled"
-        error = self.future.exception()
-        return "answered" if error is None else str(getattr(error, "error_code", "internal"))
 
     def put(self, index: int, answer: Any) -> None:
         """The answer to one row."""
@@ -64,6 +56,7 @@ class Ticket:
     def fail(self, error: BaseException) -> None:
         """Ends the request with an error, if it has not ended yet."""
         if not self.ended and self.future.set_running_or_notify_cancel():
+            self.outcome = error.error_code if isinstance(error, AdapterdError) else AdapterdError.code
             self.future.set_exception(error)
 
 
@@ -191,6 +184,8 @@ class Worker:
 
     def _ended(self, ticket: Ticket, units: Sequence[Unit[QueuedRow]]) -> None:
         if ticket.missing:  # given up, or failed: the rest of it makes room
+            if ticket.future.cancelled():
+                ticket.outcome = "cancelled"
             with self._changed:
                 self._scheduler.discard(units)
                 self._measure_queue()
@@ -347,11 +342,16 @@ def _names(work: Iterable[QueuedRow]) -> list[str]:
 
 def _record(batch: Batch[QueuedRow], seconds: float) -> RanBatch:
     """What is kept of a batch: nothing that holds a text, an answer or an adapter."""
-    rows = [
-        RanRow(queued.adapter, queued.ref.version if queued.ref else "", queued.tokens, wait, queued.ticket.outcome)
-        for queued, wait in zip(batch.work, batch.waits, strict=True)
-    ]
-    return RanBatch(time.time() - seconds, seconds, batch.tokens, batch.backlog, rows)
+    return RanBatch(
+        started_at=time.time() - seconds,
+        seconds=seconds,
+        tokens=batch.tokens,
+        backlog=batch.backlog,
+        refs=[queued.ref for queued in batch.work],
+        row_tokens=batch.sizes,
+        waits=batch.waits,
+        outcomes=[queued.ticket.outcome for queued in batch.work],
+    )
 
 
 def _same_version(one: AdapterRef | None, other: AdapterRef) -> bool:
