@@ -208,9 +208,11 @@ class Metrics:
         self.rejected = Counter("adapterd_rejected", "Requests refused unrun.", ["reason"], registry=registry)
         self.expired = Counter("adapterd_expired", "Requests whose deadline passed.", registry=registry)
         self.cancelled = Counter("adapterd_cancelled", "Requests whose client hung up.", registry=registry)
-        self.quarantined = Gauge(
+        self._quarantined_gauge = Gauge(
             "adapterd_quarantined_adapters", "Versions in quarantine.", ["adapter"], registry=registry
         )
+        self._quarantined: dict[str, tuple[str, int]] = {}  # adapter -> its label, versions
+        self._adapters = adapters
         self.adapters_resident = Gauge(
             "adapterd_adapters_resident", "Adapter versions in memory.", ["memory"], registry=registry
         )
@@ -247,6 +249,24 @@ class Metrics:
     def store_call(self, operation: str, outcome: str, seconds: float) -> None:
         """A call of the adapter store has ended. From any thread."""
         self.store_seconds.labels(operation, outcome).observe(seconds)
+
+    def count_quarantined(self, adapter: str, change: int) -> None:
+        """One version of an adapter more in quarantine, or one less. The caller holds a lock.
+
+        A label stays with an adapter as long as it is there; nobody's series is there any more.
+        """
+        label, versions = self._quarantined.get(adapter) or (self._free_label(adapter), 0)
+        self._quarantined_gauge.labels(label).inc(change)
+        if versions + change:
+            self._quarantined[adapter] = label, versions + change
+            return
+        del self._quarantined[adapter]
+        if all(label != other for other, _ in self._quarantined.values()):
+            self._quarantined_gauge.remove(label)
+
+    def _free_label(self, adapter: str) -> str:
+        own = sum(label != OTHER for label, _ in self._quarantined.values())
+        return adapter if own < self._adapters else OTHER
 
     def count_shadow(self, adapter: str, version: str, outcome: str, texts: int) -> None:
         """Texts of an adapter that a shadow version of it has computed, or not. Called on the event loop only."""

@@ -72,6 +72,21 @@ def test_shadow_versions_are_bounded_too() -> None:
     assert count(metrics, "adapterd_shadow_texts_total") == 4
 
 
+def test_adapters_in_quarantine_are_bounded_and_leave_no_series() -> None:
+    metrics = Metrics(adapters=1)
+    name = "adapterd_quarantined_adapters"
+    for adapter, change in (("a", 1), ("a", 1), ("b", 1), ("c", 1)):
+        metrics.count_quarantined(adapter, change)
+    assert [value(metrics, name, adapter=one) for one in ("a", "b", "c", OTHER)] == [2, None, None, 2]
+    for adapter in ("a", "a", "b"):
+        metrics.count_quarantined(adapter, -1)
+    metrics.count_quarantined("c", 1)  # which stays where it was counted
+    assert [value(metrics, name, adapter=one) for one in ("a", "b", "c", OTHER)] == [None, None, None, 2]
+    for _ in range(2):
+        metrics.count_quarantined("c", -1)
+    assert count(metrics, name) == 0
+
+
 def calls(metrics: Metrics) -> dict[tuple[str, str], float]:
     """Store calls by operation and outcome."""
     return {
