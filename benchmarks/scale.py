@@ -103,11 +103,12 @@ def labels_of(name: str) -> list[str]:
 def proving(backbone: Backbone) -> Iterator[Prover]:
     """What proves uploads in the server: the same pipeline, without HTTP."""
     scheduler = Scheduler[Any](max_batch_tokens=4096, max_queue_tokens=1 << 20, clock=time.monotonic)
-    worker = Worker(Runner(backbone), scheduler, Metrics())
+    metrics = Metrics()
+    worker = Worker(Runner(backbone), scheduler, metrics)
     worker.start()
     with ThreadPoolExecutor(1) as pool:
         try:
-            yield Prover(backbone, Pipeline(backbone.tokenizer, worker, pool))
+            yield Prover(backbone, Pipeline(backbone.tokenizer, worker, pool, metrics))
         finally:
             worker.stop()
 

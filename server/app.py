@@ -9,7 +9,7 @@ from fastapi import FastAPI
 from starlette.types import Scope
 
 import server
-from server.api import admin, compat, errors, health, tasks
+from server.api import admin, compat, debugging, errors, health, tasks
 from server.api.access.audit import Audit
 from server.api.access.gate import Authenticate, Gate
 from server.api.access.principal import CallersAccess
@@ -28,9 +28,12 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     a key though others than this machine can ask.
     """
     gate = Gate.load(settings)
-    metrics = Metrics()
+    metrics = Metrics(settings.metrics_adapters)
     store = store or AdapterStore.open(
-        settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
+        settings.store,
+        endpoint=settings.store_endpoint,
+        timeout_seconds=settings.store_timeout_seconds,
+        observe=metrics.store_call,
     )
     backbone = backbone or Backbone.load(settings.backbone, device=settings.device, dtype=settings.dtype)
     engine = Engine(backbone, store, settings, metrics, access=CallersAccess())
@@ -47,7 +50,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.asks_for_keys = gate.closed
-    for router in (tasks.router, admin.router, health.router, *compat.ROUTERS):
+    for router in (tasks.router, admin.router, debugging.router, health.router, *compat.ROUTERS):
         app.include_router(router)
     errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))

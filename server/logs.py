@@ -48,7 +48,7 @@ def configure(level: str, style: str) -> None:
     )
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(level.upper())
+    set_level(level)
     for name, quiet in (("uvicorn.access", logging.WARNING), ("httpx", logging.WARNING)):
         logging.getLogger(name).setLevel(quiet)  # our own access line has the route, the time and the request id
     logging.getLogger(AUDIT).setLevel(logging.INFO)
@@ -56,7 +56,15 @@ def configure(level: str, style: str) -> None:
         logging.getLogger(name).handlers = []
         logging.getLogger(name).propagate = True
     stamina.instrumentation.set_on_retry_hooks([])  # who tries again logs the last failure, without debugging dumps
+
+
+def set_level(level: str) -> str:
+    """From here on, the least severe line logged; audit lines come out at any. Returns the level before."""
+    root = logging.getLogger()
+    before = logging.getLevelName(root.level).lower()
+    root.setLevel(level.upper())
     logging.getLogger("transformers").setLevel(max(logging.WARNING, root.level))
+    return str(before)
 
 
 def get_logger(name: str) -> structlog.stdlib.BoundLogger:

@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeChoice = Literal["auto", "float32", "bfloat16"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 LogFormat = Literal["auto", "console", "json"]
 
 
@@ -198,7 +199,13 @@ class Settings(BaseSettings):
     jwt_jwks_url: str | None = Field(
         None, description="Where the issuer's keys are; `/.well-known/jwks.json` below the issuer by default."
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line logged.")
+    metrics_adapters: int = Field(
+        100,
+        ge=0,
+        description="Adapters with series of their own in `/metrics`, the first so many that answer; the others share "
+        "`other`. Each costs a Prometheus a few series.",
+    )
+    log_level: LogLevel = Field("info", description="Least severe line logged.")
     log_format: LogFormat = Field("auto", description="`auto` is `console` on a terminal, else `json`.")
 
     @model_validator(mode="after")

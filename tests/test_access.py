@@ -150,6 +150,8 @@ CASES: dict[str, Case] = {
     "POST /embed": Case(INFER, CLASSIFY),
     "GET /admin/adapters": Case(ADMIN, names=False),
     "POST /admin/gc": Case(ADMIN, {"adapter": OURS, "dry_run": True}),
+    "PUT /admin/log-level": Case(ADMIN, {"level": "warning"}, names=False),
+    "GET /admin/debug/batches": Case(ADMIN, names=False),
     "GET /admin/adapters/{name:path}/releases": Case(ADMIN),
     "POST /admin/adapters/{name:path}/releases": Case(ADMIN, {"traffic": {"0" * 64: 1.0}}),
     "POST /admin/adapters/{name:path}/rollback": Case(ADMIN, {"to": 7}),
@@ -302,6 +304,12 @@ def test_websockets_are_closed(served: Served) -> None:
     scope = {"type": "websocket", "path": "/classify", "headers": [], "query_string": b"", "subprotocols": []}
     asyncio.run(served.app(scope, receive, send))
     assert [one["type"] for one in sent] == ["websocket.close"]
+
+
+def test_what_is_about_the_whole_server_takes_a_key_that_reaches_all_adapters(served: Served) -> None:
+    for key, status in (("a", 403), ("admin", 200)):
+        assert served.ask(key, "PUT", "/admin/log-level", json={"level": "warning"}).status_code == status
+        assert served.ask(key, "GET", "/admin/debug/batches").status_code == status
 
 
 # --- refusals

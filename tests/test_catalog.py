@@ -111,6 +111,25 @@ def test_what_is_asked_for_often_is_read_beside_serving() -> None:
     asyncio.run(run())
 
 
+def test_it_knows_whom_a_version_serves() -> None:
+    async def run() -> None:
+        one = Setting()
+
+        def served(version: int) -> list[str]:
+            return list(one.catalog.served_by(VERSIONS[version]))
+
+        for name in ("a", "b"):
+            one.catalog.note(name, await one.release(0, name=name, shadow=(1,)))
+        assert served(0) == ["a", "b"]
+        assert served(1) == []  # a shadow answers nobody
+        one.catalog.note("a", await one.release(1, name="a", shadow=(0,)))
+        assert (served(0), served(1)) == (["b"], ["a"])
+        one.catalog.note("b", await one.release(1, name="b"))
+        assert (served(0), served(1)) == ([], ["a", "b"])
+
+    asyncio.run(run())
+
+
 def test_a_release_is_served_once_its_versions_are_there() -> None:
     async def run() -> None:
         loaded = asyncio.Event()

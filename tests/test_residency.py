@@ -245,6 +245,26 @@ def test_what_leaves_the_device_comes_back_from_the_host() -> None:
     asyncio.run(run())
 
 
+def test_it_tells_what_is_ready_to_run_and_what_is_in_the_hosts_memory() -> None:
+    async def run() -> None:
+        one = Setting(2 * NBYTES, host_bytes=10 * FILE_BYTES)
+        assert (list(one.residency.loaded()), one.residency.ready, one.residency.capacity) == ([], 0, 1)
+        for version in ("v1", "v2", "v3", "v2"):
+            await one.use(version)
+        assert list(one.residency.loaded()) == [("v2", "gpu"), ("v3", "gpu"), ("v1", "cpu")]
+        assert (one.residency.ready, one.residency.capacity) == (2, 2)
+        one.source.gates["v4"] = asyncio.Event()
+        request = asyncio.create_task(one.use("v4", "newcomer"))
+        await asyncio.sleep(0)
+        assert one.residency.loading == ["newcomer"]
+        one.source.gates["v4"].set()
+        await request
+        await asyncio.sleep(0)
+        assert one.residency.loading == []
+
+    asyncio.run(run())
+
+
 def test_a_small_host_memory_costs_reads() -> None:
     async def run() -> None:
         one = Setting(NBYTES, host_bytes=FILE_BYTES)

@@ -11,6 +11,7 @@ import torch
 from server.adapters.base import AdapterWeights
 from server.core import AdapterRef, Encoding, Priority, Terms
 from server.engine.quarantine import Quarantine
+from server.engine.recent import KEPT, RanBatch, RecentBatches
 from server.engine.runner import Row
 from server.engine.scheduler import Scheduler
 from server.engine.worker import QueuedRow, Ticket, Worker
@@ -424,3 +425,43 @@ def test_a_thread_that_dies_leaves_nobody_waiting(worker: Worker, runner: Faulty
     assert not worker.alive
     with pytest.raises(DeviceStopped):
         worker.submit([row(GOOD)])
+
+
+def test_the_last_batches_are_kept_without_their_texts(worker: Worker, runner: FaultyRunner) -> None:
+    first = hold(worker, runner)
+    tickets = [worker.submit([row(GOOD, 4)], [ref(GOOD)]), worker.submit([row(BAD)], [ref(BAD)])]
+    runner.gate.set()
+    result(first)
+    assert result(tickets[0]) == ["good"]
+    with pytest.raises(AdapterdError):
+        result(tickets[1])
+    worker.stop()
+    latest, before = worker.recent.newest_first()
+    assert [(one.adapter, one.version, one.tokens, one.outcome) for one in latest.rows] == [
+        ("good", "sha256:1", 4, "answered"),
+        ("bad", "sha256:1", 3, AdapterdError.code),
+    ]
+    assert (latest.tokens, latest.backlog, latest.rows[0].wait_seconds) == (7, False, 0.0)
+    assert latest.seconds > 0
+    assert [one.adapter for one in before.rows] == [""]
+    assert worker.recent.newest_first(1) == [latest]
+
+
+def test_a_request_that_was_given_up_is_told_apart(worker: Worker, runner: FaultyRunner) -> None:
+    given_up = hold(worker, runner)
+    given_up.future.cancel()
+    runner.gate.set()
+    result(worker.submit([row(GOOD)], [ref(GOOD)]))
+    worker.stop()
+    assert [[one.outcome for one in batch.rows] for batch in worker.recent.newest_first()] == [
+        ["answered"],
+        ["cancelled"],
+    ]
+
+
+def test_only_so_many_batches_are_kept() -> None:
+    recent = RecentBatches()
+    for number in range(KEPT + 3):
+        recent.note(RanBatch(float(number), 0.0, 0, False, (), (), (), ()))
+    kept = [batch.started_at for batch in recent.newest_first()]
+    assert kept == [float(number) for number in range(KEPT + 2, 2, -1)]

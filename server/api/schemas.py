@@ -17,6 +17,8 @@ from pydantic import (
 from pydantic_core import CoreSchema
 
 from server.core import check_text
+from server.engine.recent import RanRow
+from server.settings import LogLevel
 from server.store.releases import KEEP, MAX_SERVING, MAX_SHADOWS, MIN_AGE, Plan, Share, Version
 from server.store.report import Report
 
@@ -271,6 +273,37 @@ class CollectAnswer(BaseModel):
     removed: list[CollectedVersion]
     bytes: int
     dry_run: bool
+
+
+class LogLevelBody(Body):
+    """How much to log."""
+
+    level: LogLevel = Field(description="The least severe line logged.")
+
+
+class LogLevelAnswer(BaseModel):
+    """How much is logged, by this process and until it ends."""
+
+    level: LogLevel
+    before: str
+
+
+class BatchInfo(BaseModel):
+    """A batch that ran."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    started_at: float = Field(description="Unix time.")
+    seconds: float = Field(description="On the device; where it failed, with all further tries.")
+    tokens: int
+    backlog: bool = Field(description="Whether work was left waiting.")
+    rows: list[RanRow]
+
+
+class BatchList(BaseModel):
+    """What ran last on the device, the latest first."""
+
+    batches: list[BatchInfo]
 
 
 class BackboneInfo(BaseModel):

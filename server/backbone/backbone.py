@@ -105,6 +105,10 @@ class Backbone:
         self._takes_positions = "position_ids" in accepted and model.config.model_type in FAMILIES
         self._plan = NO_ADAPTERS
         self._rows = 0  # of the running forward
+        self.text_rows = 0
+        """Rows of all forwards that were a text's."""
+        self.computed_rows = 0
+        """All rows of them, with padding and filler."""
         self._pooling = False  # the pooler runs, outside of the model's own forward
         self._streams: dict[Site, Tensor] = {}  # what a residual site waits for, within a layer
         self._outputs: dict[Site, Tensor] = {}
@@ -325,6 +329,8 @@ class Backbone:
     def _place(self, whole: Placement, rows: int, at: Callable[[Site], Placement] | None = None) -> None:
         self._plan.place(whole, self._per_text if self._reaches else (), at)
         self._rows = rows
+        self.text_rows += sum(whole.lengths)
+        self.computed_rows += rows
 
     def _encoded(self, states: Tensor) -> Tensor:
         """What adapters after the encoder make of its last states, [rows, hidden]."""

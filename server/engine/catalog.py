@@ -1,8 +1,8 @@
 """Which release of each adapter serves, as of at most a poll interval ago."""
 
 import asyncio
-from collections import Counter, OrderedDict
-from collections.abc import Awaitable, Callable
+from collections import OrderedDict, defaultdict
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -71,12 +71,12 @@ class Catalog:
         self._retire = retire
         self._views: OrderedDict[str, _View] = OrderedDict()
         self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()  # asked for by version, and there
-        self._named: Counter[str] = Counter()  # version -> known releases that name it
+        self._named: defaultdict[str, list[str]] = defaultdict(list)  # version -> names whose known release names it
         self._failures = Failures[str](clock)
         self._hanging: set[str] = set()  # names that a request has waited for in vain
-        self._reads = Once[Release | None]()
+        self._reads = Once[str, Release | None]()
         self._names: tuple[float, list[str]] | None = None
-        self._listing = Once[list[str]]()
+        self._listing = Once[str, list[str]]()
 
     async def serving(self, name: str) -> Release:
         """The release that serves. Raises UnknownAdapter naming the nearest known name."""
@@ -123,14 +123,22 @@ class Catalog:
         later = release if known is None or release.number > known.number else known
         self._views[name] = _View(later, self._clock() if read_at is None else read_at)
         if later is not known:
-            self._named.update(later.versions)
-            self._forget(known)
+            for version in later.versions:
+                self._named[version].append(name)
+            self._forget(name, known)
         while len(self._views) > MAX_KNOWN:
-            self._forget(self._views.popitem(last=False)[1].release)
+            oldest, view = self._views.popitem(last=False)
+            self._forget(oldest, view.release)
 
-    def _forget(self, release: Release | None) -> None:
+    def served_by(self, version: str) -> Iterator[str]:
+        """Adapters that answer with a version, as far as this process knows."""
+        for name in self._named.get(version, ()):
+            if version in self._views[name].release.traffic:
+                yield name
+
+    def _forget(self, name: str, release: Release | None) -> None:
         for version in release.versions if release else ():
-            self._named[version] -= 1
+            self._named[version].remove(name)
             if not self._named[version]:
                 del self._named[version]
                 self._retire(version)

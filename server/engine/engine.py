@@ -33,6 +33,7 @@ from server.engine.pipeline import Cut, Job, Pipeline
 from server.engine.proof import Prover
 from server.engine.publishing import Published, Publisher, Upload
 from server.engine.quarantine import Quarantine
+from server.engine.recent import RanBatch
 from server.engine.residency import Residency
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
@@ -53,7 +54,7 @@ from server.errors import (
     WrongTask,
 )
 from server.logs import get_logger
-from server.metrics import Metrics
+from server.metrics import Loaded, Metrics, Snapshot
 from server.settings import Settings
 from server.store.artifact import Manifest
 from server.store.gc import Removed, collect
@@ -143,6 +144,7 @@ class Engine:
     ) -> None:
         """Takes the backbone over: nobody else may run it. `access` says what the caller of a method may reach."""
         self._access = access
+        self._named = settings.metrics_adapters
         self._backbone = backbone
         self._store = store
         self._metrics = metrics
@@ -167,7 +169,7 @@ class Engine:
         # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
         # texts, each for many adapters, would hold the device for minutes.
         self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
-        self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool)
+        self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool, metrics)
         prover = Prover(backbone, self._pipeline)
         checker = Checker(backbone)
         loader = Loader(store, checker, prover, self._loader_pool)
@@ -234,6 +236,34 @@ class Engine:
     def crashed(self) -> bool:
         """Whether the device's thread has died: no request will ever be answered again."""
         return self._worker.crashed
+
+    def snapshot(self) -> Snapshot:
+        """What it is at, for a scrape. Names no more adapters of a kind than have series of their own."""
+        load = self._worker.load()
+        loaded: dict[str, Loaded] = {}
+        for version, level in self._residency.loaded():
+            for name in self._catalog.served_by(version):
+                loaded.setdefault(name, Loaded(name, level, name in self._pins))
+            if len(loaded) >= self._named:
+                break
+        waiting = dict.fromkeys([*load.waiting, *self._residency.loading])
+        return Snapshot(
+            requests_waiting=load.requests_waiting,
+            requests_running=load.requests_running,
+            queue_share=load.queue_share,
+            running_adapters=sorted(load.running[: self._named]),
+            waiting_adapters=sorted(list(waiting)[: self._named]),
+            loaded=list(loaded.values())[: self._named],
+            ready=self._residency.ready,
+            capacity=self._residency.capacity,
+            text_rows=self._backbone.text_rows,
+            computed_rows=self._backbone.computed_rows,
+        )
+
+    def recent_batches(self, limit: int) -> list[RanBatch]:
+        """The batches that ran last, the latest first."""
+        self._access.require_all("what runs in batches")
+        return self._worker.recent.newest_first(limit)
 
     def start(self) -> None:
         """Starts the device's thread, and following the store's pins."""
@@ -355,6 +385,9 @@ class Engine:
         Raises OverBudget where they can never be in memory together.
         """
         refs = [choice.ref for choice in chosen]
+        hits = sum(ref.version in self._residency for ref in refs)
+        self._metrics.adapter_lookups.labels("hit").inc(hits)
+        self._metrics.adapter_lookups.labels("miss").inc(len(refs) - hits)
         if len(refs) > 1:
             await self._load_all(refs)
         async with AsyncExitStack() as turn:

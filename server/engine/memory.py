@@ -47,6 +47,18 @@ class Memory(Generic[V]):
         self._waiting: set[asyncio.Future[None]] = set()  # for something to be let go
         metrics.memory_budget_bytes.labels(tier).set(max_bytes)
 
+    def __iter__(self) -> Iterator[str]:
+        """The keys, the most recently used first."""
+        return reversed(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @property
+    def capacity(self) -> int:
+        """How many values fit, of the mean size of those that are here; 1 where that is not known."""
+        return max(1, len(self) * self.max_bytes // self._bytes) if self._bytes else 1
+
     def __contains__(self, key: str) -> bool:
         return key in self._values
 

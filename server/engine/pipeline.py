@@ -15,6 +15,7 @@ from server.core import PLAIN, AdapterRef, Encoding, Long, Options, Prediction, 
 from server.engine.runner import Row
 from server.engine.worker import Worker
 from server.errors import AdapterdError, InvalidRequest, TooLarge
+from server.metrics import Metrics
 from server.tasks.adapter import TaskAdapter
 from server.tasks.base import Window
 from server.tasks.pooled import PooledTask
@@ -71,11 +72,12 @@ class Answered:
 class Pipeline:
     """The way from texts to answers, for one event loop."""
 
-    def __init__(self, tokenizer: Tokenizer, worker: Worker, executor: Executor) -> None:
+    def __init__(self, tokenizer: Tokenizer, worker: Worker, executor: Executor, metrics: Metrics) -> None:
         """`executor` tokenizes, and reads what takes more than a glance."""
         self._tokenizer = tokenizer
         self._worker = worker
         self._executor = executor
+        self._metrics = metrics
 
     async def answer(
         self,
@@ -157,7 +159,8 @@ class Pipeline:
             )
             return [[encoding] for encoding in encodings]
 
-        return await self._compute(encode)
+        with self._metrics.tokenize_seconds.time():
+            return await self._compute(encode)
 
     async def _read(
         self,

@@ -85,7 +85,7 @@ class Quarantine:
             if quarantined:
                 newly, record.until = record.until is None, self._clock() + self._pause_seconds
                 if newly:
-                    self._metrics.quarantined.labels(ref.name).inc()
+                    self._metrics.count_quarantined(ref.name, 1)
                     log.error("quarantined", adapter=ref.name, version=ref.version, reason=record.reason)
         if oldest is not None:
             self._forget([oldest])
@@ -105,10 +105,7 @@ class Quarantine:
                 if record is None or record.until is None:
                     continue
                 log.warning("quarantine is over", adapter=key[0], version=key[1])
-                if any(name == key[0] and other.until is not None for (name, _), other in self._records.items()):
-                    self._metrics.quarantined.labels(key[0]).dec()
-                else:
-                    self._metrics.quarantined.remove(key[0])
+                self._metrics.count_quarantined(key[0], -1)
 
 
 def _refusal(ref: AdapterRef, record: _Record, rest: float) -> AdapterQuarantined:

@@ -1,7 +1,7 @@
 """Which adapters are in memory, and how the others get there while these go on serving."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Set
+from collections.abc import AsyncIterator, Callable, Iterator, Set
 from contextlib import asynccontextmanager
 
 import torch
@@ -53,7 +53,7 @@ class Residency:
         self._reading = reading
         self._metrics = metrics
         self._clock = clock
-        self._loads = Once[TaskAdapter]()
+        self._loads = Once[tuple[str, str], TaskAdapter]()
         self._failures = Failures[tuple[str, str]](clock)
 
     def __contains__(self, version: str) -> bool:
@@ -63,6 +63,30 @@ class Residency:
     def nbytes(self, version: str) -> int:
         """What a version takes on the device; 0 where it is not there."""
         return self._device.nbytes(version)
+
+    def loaded(self) -> Iterator[tuple[str, str]]:
+        """Versions in memory and where: `gpu` where they are ready to run, though that be a CPU, else `cpu`; those
+        first, the most recently used first."""
+        for version in self._device:
+            yield version, "gpu"
+        for version in self._host or ():
+            if version not in self._device:
+                yield version, "cpu"
+
+    @property
+    def ready(self) -> int:
+        """Versions that are ready to run."""
+        return len(self._device)
+
+    @property
+    def capacity(self) -> int:
+        """How many versions can be ready to run, of the mean size of those that are."""
+        return self._device.capacity
+
+    @property
+    def loading(self) -> list[str]:
+        """Adapters on their way into memory."""
+        return [name for name, _ in self._loads]
 
     @property
     def device_budget(self) -> int:

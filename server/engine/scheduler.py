@@ -87,10 +87,11 @@ class Unit(Generic[WorkT]):
 
 @dataclass(frozen=True, slots=True)
 class Batch(Generic[WorkT]):
-    """Work that runs in one go, in the order in which it was chosen, and how long each piece has waited."""
+    """Work that runs in one go, in the order in which it was chosen; how long each piece has waited, and its size."""
 
     work: list[WorkT]
     waits: list[float]  # seconds
+    sizes: list[int]  # tokens
     tokens: int
     backlog: bool
     """Whether work was left waiting."""
@@ -253,6 +254,11 @@ class Scheduler(Generic[WorkT]):
         return {priority: line.tokens for priority, line in self._rounds.items()}
 
     @property
+    def share(self) -> float:
+        """Of the queue: how much is taken, 0 to 1."""
+        return min(1.0, sum(self.tokens.values()) / self._max_queue_tokens)
+
+    @property
     def budget(self) -> int:
         """Tokens of a batch, for now."""
         quick = (self.throughput or math.inf) * self._batch_seconds
@@ -351,7 +357,7 @@ class Scheduler(Generic[WorkT]):
             filling.fill(line, budget, budget)
         if not filling.work:
             return None
-        return Batch(filling.work, filling.waits, filling.tokens, backlog=any(self.tokens.values()))
+        return Batch(filling.work, filling.waits, filling.sizes, filling.tokens, backlog=any(self.tokens.values()))
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A batch took so long, from the end of the one before, both of which left work waiting."""
@@ -432,6 +438,7 @@ class _Filling(Generic[WorkT]):
     def __init__(self, now: float) -> None:
         self.work: list[WorkT] = []
         self.waits: list[float] = []
+        self.sizes: list[int] = []
         self.tokens = 0
         self._now = now
 
@@ -448,7 +455,9 @@ class _Filling(Generic[WorkT]):
             line.take(unit, pieces)
             self.work += pieces
             self.waits += [self._now - unit.admitted] * len(pieces)
-            self.tokens += sum(piece.tokens for piece in pieces)
+            sizes = [piece.tokens for piece in pieces]
+            self.sizes += sizes
+            self.tokens += sum(sizes)
 
 
 def _fitting(pieces: Sequence[WorkT], budget: int) -> Sequence[WorkT]:

@@ -77,4 +77,4 @@ class Shadows:
 
     def _count(self, answered: Answered, version: str, outcome: str, texts: int) -> None:
         if texts:
-            self._metrics.shadow_texts.labels(answered.name, version[:SHORT], outcome).inc(texts)
+            self._metrics.count_shadow(answered.name, version[:SHORT], outcome, texts)

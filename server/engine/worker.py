@@ -12,6 +12,7 @@ import torch
 
 from server.core import PLAIN, AdapterRef, Terms
 from server.engine.quarantine import Quarantine
+from server.engine.recent import ANSWERED, RanBatch, RecentBatches
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Batch, Scheduler, Unit
 from server.errors import AdapterdError, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
@@ -34,6 +35,8 @@ class Ticket:
         """`size`: answers to wait for. `strict`: see Terms."""
         self.future: Future[list[Any]] = Future()
         self._answers: list[Any] = [None] * size
+        self.outcome = ANSWERED
+        """What has become of it up to now; else `cancelled`, or the code of an error."""
         self.missing = size
         """Answers that are not there yet."""
         self.strict = strict
@@ -55,6 +58,7 @@ class Ticket:
     def fail(self, error: BaseException) -> None:
         """Ends the request with an error, if it has not ended yet."""
         if not self.ended and self.future.set_running_or_notify_cancel():
+            self.outcome = error.error_code if isinstance(error, AdapterdError) else AdapterdError.code
             self.future.set_exception(error)
 
     def fail_for(self, index: int, error: BaseException) -> None:
@@ -85,6 +89,21 @@ class QueuedRow:
         return self.ref.name if self.ref else ""
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a worker has to do at one moment."""
+
+    requests_waiting: int
+    """Requests of which nothing runs yet."""
+    requests_running: int
+    queue_share: float
+    """Of the queue: how much is taken, 0 to 1."""
+    running: Sequence[str]
+    """Adapters in the running batch."""
+    waiting: Sequence[str]
+    """Adapters for which work waits, in the order of priority and arrival."""
+
+
 _Outcomes = dict[AdapterRef, AdapterdError | None]
 """Of a batch that failed: adapters none of whose rows could be answered, and why; None: some could."""
 
@@ -108,6 +127,8 @@ class Worker:
         self._stopping = False
         self._running: list[QueuedRow] = []
         self._thread = threading.Thread(target=self._work, name="adapterd-device", daemon=True)
+        self.recent = RecentBatches()
+        """Those that ran last."""
         self.crashed = False
         """The thread has died, which it never should."""
 
@@ -136,6 +157,20 @@ class Worker:
             if ref is not None:
                 self._quarantine.check(ref)
 
+    def load(self) -> Load:
+        """What runs and what waits now."""
+        with self._changed:
+            running, waiting = self._running, list(self._scheduler.waiting())
+            share = self._scheduler.share
+        running_tickets = {queued.ticket for queued in running}
+        return Load(
+            requests_waiting=len({queued.ticket for queued in waiting} - running_tickets),
+            requests_running=len(running_tickets),
+            queue_share=share,
+            running=_names(running),
+            waiting=_names(waiting),
+        )
+
     def submit(
         self, rows: Sequence[Row], refs: Sequence[AdapterRef | None] | None = None, terms: Terms = PLAIN
     ) -> Ticket:
@@ -157,6 +192,8 @@ class Worker:
 
     def _ended(self, ticket: Ticket, units: Sequence[Unit[QueuedRow]]) -> None:
         if ticket.missing:  # given up, or failed: the rest of it makes room
+            if ticket.future.cancelled():
+                ticket.outcome = "cancelled"
             with self._changed:
                 self._scheduler.discard(units)
                 self._measure_queue()
@@ -180,7 +217,6 @@ class Worker:
         try:
             backlog, ended = False, 0.0
             while (batch := self._next_batch()) is not None:
-                self._running = batch.work
                 started = time.perf_counter()
                 self._run(batch.work)
                 before, ended = ended, time.perf_counter()
@@ -205,6 +241,7 @@ class Worker:
                 batch = self._scheduler.next_batch() if pause == 0 else None
                 self._measure_queue()
                 if batch is not None:
+                    self._running = batch.work
                     return batch
                 self._changed.wait(pause)
             return None
@@ -273,6 +310,7 @@ class Worker:
         for wait in batch.waits:
             metrics.queue_seconds.observe(wait)
         metrics.batch_budget.set(self._scheduler.budget)
+        self.recent.note(_record(batch, seconds))
 
     def _measure_throughput(self, tokens: int, seconds: float) -> None:
         with self._changed:
@@ -305,6 +343,25 @@ def _failure(error: Exception) -> AdapterdError:
     if _out_of_memory(error):
         return MemoryFull("the device has no memory left for this text")
     return error if isinstance(error, AdapterdError) else AdapterdError("this batch failed on the device")
+
+
+def _names(work: Iterable[QueuedRow]) -> list[str]:
+    """The adapters of rows, each once; the server's own work has none."""
+    return list(dict.fromkeys(queued.ref.name for queued in work if queued.ref))
+
+
+def _record(batch: Batch[QueuedRow], seconds: float) -> RanBatch:
+    """What is kept of a batch: nothing that holds a text, an answer or an adapter."""
+    return RanBatch(
+        started_at=time.time() - seconds,
+        seconds=seconds,
+        tokens=batch.tokens,
+        backlog=batch.backlog,
+        refs=[queued.ref for queued in batch.work],
+        row_tokens=batch.sizes,
+        waits=batch.waits,
+        outcomes=[queued.ticket.outcome for queued in batch.work],
+    )
 
 
 def _same_version(one: AdapterRef | None, other: AdapterRef) -> bool:

@@ -5,6 +5,7 @@ failures. Everything about obstore is here.
 import asyncio
 import os
 import re
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
@@ -37,6 +38,8 @@ log = get_logger("adapterd.store")
 T = TypeVar("T")
 Buffer = bytes | memoryview | obstore.Bytes
 Choose = Callable[[list[str]], str | None]
+Observe = Callable[[str, str, float], None]
+"""Told of each call when it has ended, further tries included: the operation, its outcome, and seconds."""
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.1
@@ -180,28 +183,43 @@ def _settle(waiting: list[asyncio.Future[Any]], outcomes: list[tuple[Any, Except
 class Objects:
     """Keys to bytes. Raises FileNotFoundError, which is an answer, or StoreUnavailable."""
 
-    def __init__(self, objects: ObjectStore, *, timeout_seconds: float = 5.0, root: Path | None = None) -> None:
+    def __init__(
+        self,
+        objects: ObjectStore,
+        *,
+        timeout_seconds: float = 5.0,
+        root: Path | None = None,
+        observe: Observe | None = None,
+    ) -> None:
         """`root` is the folder of a store that is one."""
+        self._observe = observe
         self._objects = objects
         self._timeout_seconds = timeout_seconds
         self._root = root
         self._folder_files = _Folder(root) if root is not None else None
 
     @classmethod
-    def open(cls, url: str, *, endpoint: str | None = None, timeout_seconds: float = 5.0) -> "Objects":
+    def open(
+        cls,
+        url: str,
+        *,
+        endpoint: str | None = None,
+        timeout_seconds: float = 5.0,
+        observe: Observe | None = None,
+    ) -> "Objects":
         """A folder (made if it is not there), file:///folder, memory://, s3://, gs:// or az://.
 
         Credentials come from where the clouds' own tools look: environment, instance or workload identity.
-        `endpoint` is the address of a server that speaks S3's or Azure's protocol. Raises InvalidRequest for a URL
-        that makes no sense, StoreUnavailable for a folder that cannot be opened.
+        `endpoint` is the address of a server that speaks S3's or Azure's protocol; `observe` is told of all calls.
+        Raises InvalidRequest for a URL that makes no sense, StoreUnavailable for a folder that cannot be opened.
         """
         scheme, separator, rest = url.partition("://")
         if not separator and url and not re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", url):
-            return cls._folder(Path(url), timeout_seconds)
+            return cls._folder(Path(url), timeout_seconds, observe)
         if scheme == "memory" and separator and not rest:
-            return cls(MemoryStore(), timeout_seconds=timeout_seconds)
+            return cls(MemoryStore(), timeout_seconds=timeout_seconds, observe=observe)
         if scheme == "file" and rest.startswith("/"):
-            return cls._folder(Path(unquote(rest)), timeout_seconds)
+            return cls._folder(Path(unquote(rest)), timeout_seconds, observe)
         bucket, _, prefix = rest.partition("/")
         if scheme not in ("s3", "gs", "az") or not bucket:
             raise InvalidRequest(
@@ -213,13 +231,13 @@ class Objects:
             remote = _remote(scheme, bucket, prefix.strip("/"), endpoint, timeout_seconds)
         except (BaseError, ValueError) as error:
             raise InvalidRequest(f"store {url!r} cannot be opened: {brief(error)}", param="store") from error
-        return cls(remote, timeout_seconds=timeout_seconds)
+        return cls(remote, timeout_seconds=timeout_seconds, observe=observe)
 
     @classmethod
-    def _folder(cls, folder: Path, timeout_seconds: float) -> "Objects":
+    def _folder(cls, folder: Path, timeout_seconds: float, observe: Observe | None) -> "Objects":
         try:
             root = folder.expanduser().resolve()
-            return cls(LocalStore(root, mkdir=True), timeout_seconds=timeout_seconds, root=root)
+            return cls(LocalStore(root, mkdir=True), timeout_seconds=timeout_seconds, root=root, observe=observe)
         except (BaseError, OSError, ValueError, RuntimeError) as error:  # the last for ~nobody
             raise StoreUnavailable(f"store folder {str(folder)!r} cannot be opened: {brief(error)}") from error
 
@@ -232,7 +250,7 @@ class Objects:
                 return await folder.call(lambda: folder.read(key))
             return bytes(await (await obstore.get_async(self._objects, key)).bytes_async())
 
-        return await self._find(read)
+        return await self._find("get", read)
 
     async def choose(self, prefix: str, choose: Choose, after: str | None = None) -> tuple[str, bytes] | None:
         """The object below a prefix that `choose` picks from the names there, and its bytes; None where it picks none.
@@ -241,7 +259,7 @@ class Objects:
         """
         folder = self._folder_files
         if folder is not None:
-            found = await self._find(lambda: folder.call(lambda: folder.choose(prefix, choose)))
+            found = await self._find("list", lambda: folder.call(lambda: folder.choose(prefix, choose)))
             if found is None:
                 await self._check_root()
             return found
@@ -253,7 +271,7 @@ class Objects:
         """An object's bytes, and another object, opened; each None where it is not there."""
         folder = self._folder_files
         if folder is not None:
-            data, size = await self._find(lambda: folder.call(lambda: folder.read_and_measure(key, other)))
+            data, size = await self._find("get", lambda: folder.call(lambda: folder.read_and_measure(key, other)))
             if data is None or size is None:
                 await self._check_root()
             return data, None if size is None else Opened(size, lambda: self._read_file(other, size))
@@ -269,11 +287,11 @@ class Objects:
     async def _read_file(self, key: str, size: int) -> Buffer:
         folder = self._folder_files
         assert folder is not None
-        return await self._find(lambda: folder.call(lambda: folder.read_block(key), size), size)
+        return await self._find("get", lambda: folder.call(lambda: folder.read_block(key), size), size)
 
     async def open_object(self, key: str) -> Opened:
         """An object's size; its bytes follow when they are asked for."""
-        first = await self._find(lambda: obstore.get_async(self._objects, key))
+        first = await self._find("open", lambda: obstore.get_async(self._objects, key))
         size: int = first.meta["size"]
         results = [first]  # a result can be read once: another try needs another
 
@@ -281,7 +299,7 @@ class Objects:
             result = results.pop() if results else await obstore.get_async(self._objects, key)
             return await result.bytes_async()
 
-        return Opened(size, lambda: self._find(once, size))
+        return Opened(size, lambda: self._find("get", once, size))
 
     async def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes an object, whole or not at all, over what may be there."""
@@ -300,7 +318,7 @@ class Objects:
 
     async def _write(self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]) -> None:
         await self._check_root()  # which obstore would make again, perhaps where something should be mounted
-        await self._call(lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
+        await self._call("put", lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
 
     async def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -309,7 +327,7 @@ class Objects:
     async def modified_at(self, key: str) -> datetime | None:
         """When an object was written last; None where there is none."""
         try:
-            found = await self._find(lambda: obstore.head_async(self._objects, key))
+            found = await self._find("head", lambda: obstore.head_async(self._objects, key))
         except FileNotFoundError:
             return None
         return found["last_modified"]
@@ -317,13 +335,13 @@ class Objects:
     async def delete(self, key: str) -> None:
         """Removes an object, if it is there."""
         try:
-            await self._find(lambda: obstore.delete_async(self._objects, key))
+            await self._find("delete", lambda: obstore.delete_async(self._objects, key))
         except FileNotFoundError:
             return
 
     async def entries(self, prefix: str, after: str | None = None) -> list[Entry]:
         """The objects anywhere below a prefix, by key; with `after`, those whose keys come later than that."""
-        found = await self._call(lambda: obstore.list(self._objects, prefix, offset=after).collect_async())
+        found = await self._call("list", lambda: obstore.list(self._objects, prefix, offset=after).collect_async())
         if not found:
             await self._check_root()
         entries = [Entry(meta["path"], meta["size"], meta["last_modified"]) for meta in found]
@@ -331,7 +349,7 @@ class Objects:
 
     async def folders(self) -> list[str]:
         """The first parts of all keys, unsorted."""
-        found = await self._call(lambda: obstore.list_with_delimiter_async(self._objects))
+        found = await self._call("list", lambda: obstore.list_with_delimiter_async(self._objects))
         if not found["common_prefixes"]:
             await self._check_root()
         return list(found["common_prefixes"])
@@ -353,25 +371,43 @@ class Objects:
     async def _check_root(self) -> None:
         """A folder that has vanished looks like an empty one."""
         root = self._root
-        if root is not None and not await self._try(lambda: asyncio.to_thread(root.is_dir), 0):
+        if root is not None and not await self._try("head", lambda: asyncio.to_thread(root.is_dir), 0):
             raise StoreUnavailable("the adapter store's folder is gone")
 
-    async def _call(self, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
+    async def _call(self, operation: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """A call that needs no object to be there: FileNotFoundError speaks of the bucket."""
         try:
-            return await self._find(call, size)
+            return await self._find(operation, call, size)
         except FileNotFoundError as error:
             raise StoreUnavailable("the adapter store's bucket is not there") from error
 
-    async def _find(self, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
+    async def _find(self, operation: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """A call about one object. Raises FileNotFoundError where it is not there."""
         try:
-            return await self._try(call, size)
+            return await self._try(operation, call, size)
         except FileNotFoundError:
             await self._check_root()
             raise
 
-    async def _try(self, call: Callable[[], Awaitable[T]], size: int) -> T:
+    async def _try(self, operation: str, call: Callable[[], Awaitable[T]], size: int) -> T:
+        if self._observe is None:
+            return await self._tried(call, size)
+        started, outcome = time.perf_counter(), "cancelled"
+        try:
+            value = await self._tried(call, size)
+        except (FileNotFoundError, AlreadyExistsError) as error:  # which are answers
+            outcome = "missing" if isinstance(error, FileNotFoundError) else "exists"
+            raise
+        except Exception:
+            outcome = "failure"
+            raise
+        else:
+            outcome = "success"
+            return value
+        finally:
+            self._observe(operation, outcome, time.perf_counter() - started)
+
+    async def _tried(self, call: Callable[[], Awaitable[T]], size: int) -> T:
         seconds = self._timeout_seconds + size / SLOWEST_BYTES_PER_SECOND
 
         async def once() -> T:

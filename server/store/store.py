@@ -29,7 +29,7 @@ from server.errors import (
 from server.logs import get_logger
 from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest
 from server.store.names import NAME, check_name, check_version
-from server.store.objects import Buffer, Objects
+from server.store.objects import Buffer, Objects, Observe
 from server.store.releases import DELETED, Plan, Release
 from server.store.report import Report
 
@@ -81,9 +81,16 @@ class AdapterStore:
         self._objects = objects
 
     @classmethod
-    def open(cls, url: str, *, endpoint: str | None = None, timeout_seconds: float = 5.0) -> "AdapterStore":
+    def open(
+        cls,
+        url: str,
+        *,
+        endpoint: str | None = None,
+        timeout_seconds: float = 5.0,
+        observe: Observe | None = None,
+    ) -> "AdapterStore":
         """See Objects.open."""
-        return cls(Objects.open(url, endpoint=endpoint, timeout_seconds=timeout_seconds))
+        return cls(Objects.open(url, endpoint=endpoint, timeout_seconds=timeout_seconds, observe=observe))
 
     async def names(self) -> list[str]:
         """All names that something is stored under, sorted; deleted ones included."""
