@@ -1369,9 +1369,9 @@ def queued(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> list[list[int
     engine: Any = client.app.state.engine
     submit, seen = engine._worker.submit, []
 
-    def watched(rows: Any, *args: Any) -> Any:
+    def watched(rows: Any, *args: Any, **options: Any) -> Any:
         seen.append([row.tokens for row in rows])
-        return submit(rows, *args)
+        return submit(rows, *args, **options)
 
     monkeypatch.setattr(engine._worker, "submit", watched)
     return seen
