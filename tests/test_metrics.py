@@ -205,13 +205,15 @@ def classify(client: TestClient, adapter: str, inputs: list[str]) -> None:
 def test_a_scrape_tells_what_is_in_memory(client: TestClient) -> None:
     for name in ("one", "two"):
         classify(client, name, ["w1"])
-    loaded = scraped(client, "vllm:lora_adapter_loaded")
-    assert [labels for labels, _ in loaded] == [  # the last one used comes first
+    loaded = [labels for labels, _ in scraped(client, "vllm:lora_adapter_loaded")]
+    assert loaded[:2] == [  # the last one used comes first
         {"adapter_name": name, "level": "gpu", "pinned": "false"} for name in ("two", "one")
     ]
-    assert total(client, "vllm:num_gpu_loaded_lora_adapters") == 2
-    assert total(client, "vllm:max_gpu_lora_adapters") > 2
-    assert total(client, "vllm:num_requests_waiting") == total(client, "vllm:num_requests_running") == 0
+    assert total(client, "vllm:num_gpu_loaded_lora_adapters") == len(loaded)
+    assert total(client, "vllm:max_gpu_lora_adapters") > len(loaded)
+    while total(client, "vllm:num_requests_running"):  # a batch ends after its answers are out
+        time.sleep(0.01)
+    assert total(client, "vllm:num_requests_waiting") == 0
     assert len(scraped(client, REQUESTS)) == 1
 
 
@@ -252,6 +254,8 @@ def test_the_engine_names_what_runs_and_what_waits(client: TestClient) -> None:
     """With the device held: one request runs, two wait."""
     app: Any = client.app
     engine: Engine = app.state.engine
+    for name in ("one", "two"):  # loaded and proven
+        classify(client, name, ["w1"])
     entered, gate = threading.Event(), threading.Event()
     run = engine._worker._runner.run
 
