@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import resource
 import struct
 import tarfile
 import time
@@ -346,6 +347,17 @@ def test_a_pattern_takes_no_longer_than_a_second(option: str, pattern: str, bert
     value = EVIL[pattern]
     files = peft_files(peft_config(**{option: {value: 2} if option.endswith("pattern") else value}))
     harmless_within_a_second(lambda: read_checkpoint(files, NAMES, bert))
+
+
+@pytest.mark.parametrize("pattern", ["a{9999999}", "((a{300}){300}){300}", "(a{1000}|b){1000}", "a{ 9999999 , }"])
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "rank_pattern", "layers_pattern"])
+def test_a_pattern_takes_no_more_memory_than_it_is_worth(option: str, pattern: str, bert: Backbone) -> None:
+    """Repeats are copied when a pattern is compiled, which no time limit reaches."""
+    value = {pattern: 2} if option == "rank_pattern" else pattern
+    files = peft_files(peft_config(layers_to_transform=[0], **{option: value}))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    refused(lambda: read_checkpoint(files, NAMES, bert), option, "unsupported_option")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 * 1024  # KiB
 
 
 def test_many_patterns_take_no_longer_than_one(bert: Backbone) -> None:

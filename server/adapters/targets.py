@@ -1,5 +1,7 @@
 """Which modules an adapter targets, as PEFT's configurations say it."""
 
+import math
+import re
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +23,11 @@ MAX_TARGETS = 10_000
 MAX_PATTERNS = 1_000
 MAX_PATTERN = 10_000
 """Characters of a regular expression."""
+
+MAX_REPEATS = 1_000
+"""Copies that a pattern's `{n}` ask for, multiplied as if all were nested. They are made before anything is matched."""
+
+_REPEAT = re.compile(r"\{\s*0*([0-9]+)")
 
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """PEFT's options that say together which modules are meant."""
@@ -206,9 +213,9 @@ class _Timed:
 
     def _search(self, search: Callable[..., Any], pattern: str, name: str) -> Any:
         left = self._until - time.monotonic()
-        reason = "take too long to match"
+        reason = "take too long to match, or ask for too many repeats"
         try:
-            if left > 0 and len(pattern) <= MAX_PATTERN:
+            if left > 0 and len(pattern) <= MAX_PATTERN and _repeats(pattern) <= MAX_REPEATS:
                 return search(pattern, name, timeout=left)
         except TimeoutError:
             pass
@@ -217,6 +224,12 @@ class _Timed:
         raise InvalidAdapter(
             f"{self._field}: patterns such as {_short(pattern)} {reason}", param=self._field, code="unsupported_option"
         )
+
+
+def _repeats(pattern: str) -> int:
+    """An upper bound of how often a part of a pattern is copied when it is compiled."""
+    counts = _REPEAT.findall(pattern)
+    return math.prod(max(int(count), 1) if len(count) < 10 else MAX_REPEATS + 1 for count in counts)
 
 
 def _shortest(names: list[str], chosen: Any, paths: list[str], spec: BackboneSpec) -> tuple[str, ...]:

@@ -149,7 +149,7 @@ async def get_adapter(name: NameDep, engine: EngineDep) -> AdapterDetail:
     return adapter_detail(_summary(described), manifest, report)
 
 
-@router.put("/adapters/{name:path}", status_code=201)
+@router.put("/adapters/{name:path}", status_code=201, responses={200: {"model": UploadAnswer}})
 async def put_adapter(
     name: NameDep,
     form: Annotated[UploadForm, Form(media_type="multipart/form-data")],

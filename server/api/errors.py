@@ -27,7 +27,7 @@ MESSAGES = {"model_attributes_type": "a JSON object is needed, sent with Content
 
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorAnswer, "description": HTTPStatus(status).phrase}
-    for status in (401, 403, 404, 409, 413, 422, 429, 500, 503, 504, 507)
+    for status in (400, 401, 403, 404, 409, 413, 422, 429, 500, 503, 504, 507)
 }
 """For the OpenAPI document."""
 
