@@ -179,7 +179,7 @@ def test_damaged_uploads_are_served_or_refused(
 ) -> None:
     bench, ends, slowest = bench_of(name), Counter[str](), (0.0, 0)
     found: list[Exception] = []
-    for seed in range(cases(200, 1 / len(FORMATS))):
+    for seed in range(cases(100, 1 / len(FORMATS))):
         parts, labels = mutated(bench.uploads, seed)
         peak, began = peak_bytes(), time.thread_time()
         try:
@@ -203,7 +203,7 @@ def test_damaged_uploads_are_served_or_refused(
 # ------------------------------------------------------------------------------------- values that can be made smaller
 
 hunts = settings(
-    max_examples=cases(40, 0.01),
+    max_examples=cases(20, 0.01),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 odd_values = st.recursive(

@@ -103,7 +103,7 @@ def test_every_route_is_hunted(server: Running) -> None:
 
 # ------------------------------------------------------------------------------------------- requests of the document
 
-hunts = settings(max_examples=cases(6, 0.2 / len(ROUTES)), suppress_health_check=list(HealthCheck))
+hunts = settings(max_examples=cases(3, 0.2 / len(ROUTES)), suppress_health_check=list(HealthCheck))
 NAMES = st.sampled_from([*ADAPTERS, "nobody"])
 TAKES_AWAY = ("DELETE", "/v1/unload_lora_adapter")
 
@@ -200,7 +200,7 @@ def test_damaged_bodies(
     others = [] if path in TAKES_AWAY else [body for _, body in good.values()]
     url, body = good[method, path]
     found, statuses = [], Counter[int]()
-    for seed in range(cases(25, 0.3 / len(good))):
+    for seed in range(cases(12, 0.3 / len(good))):
         content, headers = damaged(body, others, seed)
         try:
             statuses[server.send(method, path, url=url, content=content, headers=headers).status_code] += 1

@@ -300,5 +300,5 @@ def test_any_life_of_adapters(bert: Backbone) -> None:
         made = artifacts(bert)
     machine = type("Administration", (Administration,), {"backbone": bert, "made": made})
     checks = list(HealthCheck)
-    options = settings(max_examples=cases(8, 0.0025), stateful_step_count=25, suppress_health_check=checks)
+    options = settings(max_examples=cases(5, 0.0025), stateful_step_count=25, suppress_health_check=checks)
     run_state_machine_as_test(machine, settings=options)
