@@ -2,11 +2,12 @@
 much of the device, what is refused.
 """
 
-from collections import Counter
+from collections import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, combinations, cycle
 
+import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -634,3 +635,22 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=100, stateful_step_count=25)
+
+
+def test_work_that_is_done_is_not_kept_until_its_deadline() -> None:
+    """It holds texts, and the adapter's memory."""
+    clock = Clock()
+    queue = scheduler(clock=clock)
+    done = []
+    for number in range(2000):
+        piece = Piece(1, name=str(number))
+        done.append(weakref.ref(piece))
+        queue.admit([[piece]], Terms(deadline=clock.now + 60))
+        assert queue.next_batch() is not None
+    del piece
+    assert not any(reference() for reference in done)
+    assert len(queue._deadlines) < 600
+    late = Piece(1)
+    queue.admit([[late]], Terms(deadline=clock.now + 1))
+    clock.now += 2
+    assert queue.expire() == [late]

@@ -46,6 +46,9 @@ HEADROOM = 1.5
 """How many times the estimated wait has to fit into what is left until a deadline. The estimate knows what waits now; a
 request that comes later for an adapter with a shorter queue runs before."""
 
+FORGOTTEN = 256
+"""Deadlines of work that is done which may stay until their time."""
+
 SMOOTHING = 0.1
 """Weight of the newest batch in the estimate of the throughput."""
 
@@ -244,7 +247,8 @@ class Scheduler(Generic[WorkT]):
         self._delay_seconds = delay_seconds
         self._rounds = {priority: _Round[WorkT](weight) for priority in Priority}
         self._numbers = 0
-        self._deadlines: list[tuple[float, int, Unit[WorkT]]] = []
+        self._deadlines: list[tuple[float, int, Priority]] = []
+        """A heap of deadlines, numbers and priorities of units; not of the units, which may be done long before."""
         self._shrunk_until = 0.0
         self._throughput: tuple[float, float] | None = None  # smoothed tokens and seconds of a batch
 
@@ -306,8 +310,9 @@ class Scheduler(Generic[WorkT]):
             unit = Unit(group[0].adapter, group, tokens, self._numbers, terms, now)
             self._rounds[terms.priority].add(unit)
             if terms.deadline is not None:
-                heapq.heappush(self._deadlines, (terms.deadline, unit.number, unit))
+                heapq.heappush(self._deadlines, (terms.deadline, unit.number, terms.priority))
             units.append(unit)
+        self._forget_deadlines()
         return units
 
     def discard(self, units: Iterable[Unit[WorkT]]) -> None:
@@ -322,12 +327,20 @@ class Scheduler(Generic[WorkT]):
         expired: list[WorkT] = []
         ready = self._clock() + self._seconds(min(self.budget, sum(self.tokens.values())))
         while self._deadlines and self._deadlines[0][0] <= ready:
-            unit = heapq.heappop(self._deadlines)[-1]
-            line = self._rounds[unit.terms.priority]
-            if (waiting := line.units.get(unit.number)) is not None:
+            _, number, priority = heapq.heappop(self._deadlines)
+            line = self._rounds[priority]
+            if (waiting := line.units.get(number)) is not None:
                 expired += waiting.pieces
                 line.remove(waiting)
         return expired
+
+    def _forget_deadlines(self) -> None:
+        """Drops the deadlines of what waits no more, once they are most of them: they may be a minute away."""
+        waiting = sum(len(line.units) for line in self._rounds.values())
+        if len(self._deadlines) > FORGOTTEN + 2 * waiting:
+            left = [entry for entry in self._deadlines if entry[1] in self._rounds[entry[2]].units]
+            heapq.heapify(left)
+            self._deadlines = left
 
     def pause(self) -> float | None:
         """Seconds until the next batch should be taken, for more to come; None: nothing waits."""
