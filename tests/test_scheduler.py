@@ -2,12 +2,12 @@
 much of the device, what is refused.
 """
 
-from collections import weakref
+import weakref
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain, combinations, cycle
 
-import Counter
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
