@@ -59,11 +59,11 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 
 
 def make_adapters(
-    backbone: Backbone, generator: torch.Generator, chosen: list[tuple[str, dict[str, Any]]]
+    backbone: Backbone, generator: torch.Generator, chosen: list[tuple[str, dict[str, Any]]], count: int = TEXTS
 ) -> tuple[list[TaskAdapter], list[dict[str, Any]]]:
     """Random adapters of the methods in turn, each with a head of its own number of labels; and their tensors."""
     adapters, tensors = [], []
-    for index in range(TEXTS):
+    for index in range(count):
         method, options = chosen[index % len(chosen)]
         blueprint = Blueprint.check(
             method=method,

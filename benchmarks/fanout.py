@@ -9,19 +9,18 @@ computed for itself.
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 from transformers.utils import logging
 
-from benchmarks.engine import BACKBONE, RANK, medians, print_table, rounded
-from server.adapters import METHODS
+from benchmarks.engine import BACKBONE, RANK, make_adapters, medians, print_table, rounded
 from server.backbone.backbone import Backbone
 from server.core import ClassifyOptions, Encoding
 from server.engine.runner import Row, Runner
-from server.tasks.adapter import Blueprint, TaskAdapter
+from server.tasks.adapter import TaskAdapter
 
 ADAPTERS = 8
 LENGTHS = (32, 128)
@@ -34,32 +33,18 @@ def make_text(length: int) -> Encoding:
     return Encoding(tuple(ids), (0,) * length, truncated=False)
 
 
-def make_adapters(backbone: Backbone, method: str, options: Mapping[str, Any]) -> list[TaskAdapter]:
-    """Random adapters of a method, each with a head of its own number of labels."""
-    generator = torch.Generator().manual_seed(0)
-    adapters = []
-    for index in range(ADAPTERS):
-        blueprint = Blueprint.check(
-            method=method,
-            config=METHODS[method].complete(options, backbone.spec),
-            task="classification",
-            head={"pooling": "mean"},
-            labels=[str(label) for label in range(2 + index % 7)],
-            spec=backbone.spec,
-        )
-        fresh = blueprint.init(backbone, generator)
-        values = {name: value + 0.05 * torch.randn(value.shape, generator=generator) for name, value in fresh.items()}
-        adapters.append(blueprint.bind(values, backbone))
-    return adapters
-
-
 def measure(backbone: Backbone, length: int, rounds: int) -> dict[str, Any]:
     """All figures for one length of text."""
     lora = {"r": RANK, "lora_alpha": 2 * RANK, "target_modules": ["query", "value"]}
     top = [*range(backbone.spec.num_layers - TOP_LAYERS, backbone.spec.num_layers)]
-    heads = make_adapters(backbone, "head_only", {})
-    everywhere = make_adapters(backbone, "lora", lora)
-    above = make_adapters(backbone, "lora", lora | {"layers_to_transform": top})
+    generator = torch.Generator().manual_seed(0)
+
+    def adapters_of(method: str, options: dict[str, Any]) -> list[TaskAdapter]:
+        return make_adapters(backbone, generator, [(method, options)], ADAPTERS)[0]
+
+    heads = adapters_of("head_only", {})
+    everywhere = adapters_of("lora", lora)
+    above = adapters_of("lora", lora | {"layers_to_transform": top})
     runner = Runner(backbone)
 
     def fanout(adapters: list[TaskAdapter]) -> Callable[[], object]:

@@ -625,7 +625,7 @@ def test_keys_of_file_and_environment_together(tmp_path: Path) -> None:
     one, two = new_key(), new_key()
     file.write_text(json.dumps([{"name": "one", "sha256": digest_of(one)}]))
     keys = Keys.load(file, json.dumps([{"name": "two", "sha256": digest_of(two)}]))
-    assert [keys.find(key).name for key in (one, two)] == ["one", "two"]  # type: ignore[union-attr]
+    assert [keys.find(key).name for key in (one, two)] == ["one", "two"]
     assert keys.find(new_key()) is None
 
 
@@ -673,7 +673,7 @@ def test_a_key_added_to_a_file(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [file]
     keys = Keys.load(file, None)
-    assert [keys.find(secret).name for secret in secrets] == ["ann", "bob"]  # type: ignore[union-attr]
+    assert [keys.find(secret).name for secret in secrets] == ["ann", "bob"]
     assert not any(secret in file.read_text() for secret in secrets)
     before = file.read_bytes()
     again = run("key", "bob", "--file", str(file))

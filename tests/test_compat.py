@@ -440,7 +440,7 @@ def test_vllm_loads_replaces_and_unloads(server: Running) -> None:
     assert load(server, "loaded", "good", load_inplace=True).status_code == 200
     assert set(scores(server.native("/classify", adapter="loaded", inputs="a")[0])) == {"no", "yes"}
     listed = {one.id: one for one in server.openai.models.list()}
-    assert listed["loaded"].parent == server.app.state.engine.spec.name  # type: ignore[attr-defined]
+    assert listed["loaded"].parent == server.app.state.engine.spec.name
     unload = {"lora_name": "loaded", "lora_int_id": 3}
     answer = server.http.post("/v1/unload_lora_adapter", json=unload)
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'loaded' removed successfully.")
@@ -539,7 +539,7 @@ def test_openai_embeddings(server: Running, minilm: Backbone, encoding: Any) -> 
         assert [one.index for one in answer.data] == [0, 1, 2]
         vectors = [one.embedding for one in answer.data]
         if encoding == "base64":  # only then does the client leave it as it is
-            vectors = [np.frombuffer(base64.b64decode(one), "<f4") for one in vectors]  # type: ignore[arg-type]
+            vectors = [np.frombuffer(base64.b64decode(one), "<f4") for one in vectors]
         np.testing.assert_allclose(vectors, native, atol=1e-5)
         assert answer.usage.prompt_tokens == answer.usage.total_tokens > 0
 
@@ -557,10 +557,10 @@ def test_openai_models(server: Running, minilm: Backbone, monkeypatch: pytest.Mo
     models = {one.id: one for one in server.openai.models.list()}
     assert set(ADAPTERS) <= set(models)
     backbone = models[minilm.spec.name]
-    assert (backbone.parent, backbone.root) == (None, minilm.spec.name)  # type: ignore[attr-defined]
+    assert (backbone.parent, backbone.root) == (None, minilm.spec.name)
     detail = server.http.get("/admin/adapters/moods").json()
     for moods in (models["moods"], server.openai.models.retrieve("moods")):
-        assert (moods.parent, moods.root) == (minilm.spec.name, detail["version"])  # type: ignore[attr-defined]
+        assert (moods.parent, moods.root) == (minilm.spec.name, detail["version"])
         assert 0 <= time.time() - moods.created < 10_000
     assert server.openai.models.retrieve(minilm.spec.name).id == minilm.spec.name
     with pytest.raises(openai.NotFoundError):
@@ -783,7 +783,7 @@ JSON = {"content-type": "application/json"}
 
 ADMINISTRATION = {"/v1/load_lora_adapter", "/v1/unload_lora_adapter"}
 
-PATHS = [(method, route.path) for router in compat.ROUTERS for route in router.routes for method in route.methods]  # type: ignore[attr-defined]
+PATHS = [(method, route.path) for router in compat.ROUTERS for route in router.routes for method in route.methods]
 
 
 def check_error(answer: httpx.Response, status: int) -> None:

@@ -84,7 +84,7 @@ def settings(objects: list[Object]) -> dict[str, str]:
 
 
 def size(quantity: str) -> int:
-    number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", quantity).groups()  # type: ignore[union-attr]
+    number, unit = re.fullmatch(r"(\d+)([A-Za-z]*)", quantity).groups()
     return int(number) * UNITS.get(unit, 1)
 
 

@@ -43,7 +43,7 @@ def client(bert: Backbone) -> Iterator[TestClient]:
 
 
 def engine_of(client: TestClient) -> Engine:
-    engine: Engine = client.app.state.engine  # type: ignore[attr-defined]
+    engine: Engine = client.app.state.engine
     return engine
 
 
@@ -130,7 +130,7 @@ def test_urgent_requests_overtake_others(client: TestClient, held: Held, pool: T
     assert set(series(client, "adapterd_queue_tokens").values()) == {42}
     held.gate.set()
     assert {request.result().status_code for request in requests} == {200}
-    order = [row.options.top_k for [row] in held.batches[1:]]  # type: ignore[union-attr]
+    order = [row.options.top_k for [row] in held.batches[1:]]
     assert order == [3, 2, 1]
 
 

@@ -93,7 +93,7 @@ def worker(runner: FaultyRunner, clock: Clock) -> Iterator[Worker]:
     scheduler = Scheduler[QueuedRow](max_batch_tokens=30, max_queue_tokens=60, clock=clock)
     metrics = Metrics()
     worker = Worker(
-        runner,  # type: ignore[arg-type]
+        runner,
         scheduler,
         metrics,
         Quarantine(metrics, failures=2, pause_seconds=10, clock=clock),

@@ -1,5 +1,6 @@
 """What the routes of tasks take and answer."""
 
+from abc import abstractmethod
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
@@ -157,13 +158,13 @@ class TaskBody(Body):
         """What becomes of long texts."""
         return Long(self.window_pooling) if self.long else None
 
+    @abstractmethod
     def items(self) -> tuple[TextInput, ...]:
         """The inputs, as the engine takes them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def options(self) -> Options:
         """What is wanted of the answer."""
-        raise NotImplementedError
 
 
 class ClassifyBody(TaskBody):

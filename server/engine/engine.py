@@ -351,7 +351,7 @@ class Engine:
             tasks = [adapter.task for adapter in adapters]
         for choice, task, answer in zip(chosen, tasks, answered, strict=False):
             name = choice.ref.name
-            self._metrics.answered.add(name, texts=len(request.inputs), tokens=_tokens(answer))
+            self._metrics.answered.add(name, texts=len(request.inputs), tokens=answer.tokens)
             for shadow in choice.shadow:
                 compared = Answered(name, request.inputs, cut, request.options, task, answer.predictions)
                 self._shadows.start(compared, shadow)
@@ -362,7 +362,7 @@ class Engine:
             ref=ref,
             backbone=self.spec.name,
             predictions=answer.predictions,
-            tokens=_tokens(answer),
+            tokens=answer.tokens,
             truncated=[index for index, own in enumerate(answer.windows) if any(one.truncated for one in own)],
             windows=[[_characters(one) for one in own] for own in answer.windows] if request.long else None,
         )
@@ -557,10 +557,6 @@ def _check_route(name: str, adapter: TaskAdapter, route: Route) -> None:
             f"adapter {name!r} does {adapter.task.name}, which {adapter.task.route.path} answers, not {route.path}",
             param="adapter",
         )
-
-
-def _tokens(answer: PipelineAnswer) -> int:
-    return sum(len(one) for own in answer.windows for one in own)
 
 
 def _characters(window: Encoding) -> Span:

@@ -67,6 +67,8 @@ class Answered:
     predictions: list[Prediction]
     windows: list[list[Encoding]]
     """Of each input."""
+    tokens: int
+    """In all of them."""
 
 
 class Pipeline:
@@ -105,7 +107,8 @@ class Pipeline:
             if framing not in shared:
                 shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate, max_tokens=max_tokens)
             encoded.append(shared[framing])
-        tokens = sum(len(one) for windows in encoded for own in windows for one in own)
+        sizes = [sum(len(one) for own in windows for one in own) for windows in encoded]
+        tokens = sum(sizes)
         if max_tokens is not None and tokens > max_tokens:
             raise TooLarge(
                 f"the inputs come to {tokens} tokens in all windows for all adapters, at most {max_tokens} are run for "
@@ -127,8 +130,8 @@ class Pipeline:
         answers = iter(found)
         pooling = cut.long.pooling if cut.long else WindowPooling.MEAN
         return [
-            Answered(await self._read(job, inputs, windows, [next(answers) for _ in own], pooling), windows)
-            for job, windows, own in zip(jobs, encoded, rows, strict=True)
+            Answered(await self._read(job, inputs, windows, [next(answers) for _ in own], pooling), windows, size)
+            for job, windows, own, size in zip(jobs, encoded, rows, sizes, strict=True)
         ]
 
     async def outputs(self, texts: Sequence[str], adapter: TaskAdapter) -> list[Tensor]:
