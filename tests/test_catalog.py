@@ -49,12 +49,14 @@ class Setting:
         self.clock = Clock()
         self.prepared: list[tuple[str, int, int]] = []
         self.retired: list[str] = []
+        self.released: list[tuple[str, int]] = []
         self.catalog = Catalog(
             self.store,
             poll_seconds=2,
             clock=self.clock,
             prepare=prepare or self.prepare,
             retire=self.retired.append,
+            released=lambda name, number: self.released.append((name, number)),
         )
 
     async def prepare(self, name: str, known: Release, later: Release) -> None:
@@ -89,6 +91,7 @@ def test_a_release_by_another_process_is_seen_within_the_poll_interval() -> None
         one.clock.now = 2.1
         assert await one.serves() == 1
         assert one.prepared == [("sentiment", 1, 2)]
+        assert one.released == [("sentiment", 1), ("sentiment", 2)]
 
     asyncio.run(run())
 

@@ -3,8 +3,10 @@ full, is told to end, or has lost its device's thread.
 """
 
 import json
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -224,17 +226,23 @@ def break_adapter(client: TestClient, name: str, patched: pytest.MonkeyPatch) ->
     patched.setattr(runner, "run", run_broken)
 
 
+def bring_into_quarantine(client: TestClient, name: str, patched: pytest.MonkeyPatch) -> Any:
+    """The first answer that says so."""
+    break_adapter(client, name, patched)
+    for _ in range(2):
+        refused(ask(client, adapter=name), 500, code="not_finite_output")
+    answer = ask(client, adapter=name)
+    while answer.status_code == 500:  # the thread counts after it has answered
+        answer = ask(client, adapter=name)
+    refused(answer, 503, "adapter", code="adapter_quarantined")
+    return answer
+
+
 @pytest.mark.parametrize("way", ["release", "upload", "verify"])
 def test_an_adapter_in_quarantine(
     client: TestClient, bert: Backbone, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_adapter(client, "one", monkeypatch)
-    for _ in range(2):
-        refused(ask(client), 500, code="not_finite_output")
-    answer = ask(client)
-    while answer.status_code == 500:  # the thread counts after it has answered
-        answer = ask(client)
-    refused(answer, 503, "adapter", code="adapter_quarantined")
+    answer = bring_into_quarantine(client, "one", monkeypatch)
     assert "not finite" in answer.json()["error"]["message"]
     assert int(answer.headers["retry-after"]) >= 1
     assert series(client, "adapterd_quarantined_adapters") == {"one": 1}
@@ -251,6 +259,33 @@ def test_an_adapter_in_quarantine(
     assert done.status_code in (200, 201), done.text
     assert ask(client).status_code == 200
     assert series(client, "adapterd_quarantined_adapters") == {}
+
+
+@pytest.mark.parametrize("way", ["the version again", "another version", "deletion"])
+def test_a_release_that_another_server_makes_ends_quarantine(
+    bert: Backbone, way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(quarantine_failures=2, quarantine_seconds=3600, store_poll_seconds=0.05)
+    apps = [create_app(settings, backbone=bert, store=AdapterStore.open(str(tmp_path))) for _ in range(2)]
+    with TestClient(apps[0], raise_server_exceptions=False) as client, TestClient(apps[1]) as other:
+        published = put(other, "one", own_files(make(bert, 0))).json()
+        bring_into_quarantine(client, "one", monkeypatch)
+        assert series(client, "adapterd_quarantined_adapters") == {"one": 1}
+        if way == "the version again":
+            done = other.post("/admin/adapters/one/releases", json={"traffic": {published["version"]: 1}})
+        elif way == "another version":
+            done = put(other, "one", own_files(make(bert, 1)))
+        else:
+            done = other.delete("/admin/adapters/one")
+        assert done.status_code in (200, 201), done.text
+        deadline = time.monotonic() + 30
+        while series(client, "adapterd_quarantined_adapters"):  # though nobody asks for it here
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        monkeypatch.undo()
+        answer = ask(client)
+        assert answer.status_code == (404 if way == "deletion" else 200)
+        assert way == "deletion" or answer.json()["release"] == 2
 
 
 def test_a_server_that_is_told_to_end(client: TestClient, held: Held, pool: ThreadPoolExecutor) -> None:

@@ -360,14 +360,37 @@ def test_what_waits_for_an_adapter_in_quarantine_is_told_at_once(worker: Worker,
     assert runner.batches.count(["bad"]) == 2
 
 
-def test_a_release_ends_quarantine(worker: Worker) -> None:
+def test_a_later_release_ends_quarantine(worker: Worker) -> None:
+    worker._quarantine.released("bad", 1)
+    fail(worker, 2)
+    wait_for(lambda: bool(quarantined(worker)))
+    assert worker._quarantine.names() == {"bad"}
+    worker._quarantine.released("good", 2)
+    worker._quarantine.released("bad", 1)  # known already
+    assert quarantined(worker)
+    worker._quarantine.released("bad", 2)
+    assert not quarantined(worker)
+    assert worker._quarantine.names() == set()
+    worker.check([ref(BAD)], 1, Terms())
+
+
+def test_a_proof_ends_quarantine(worker: Worker) -> None:
     fail(worker, 2)
     wait_for(lambda: bool(quarantined(worker)))
     worker._quarantine.lift("good")
     assert quarantined(worker)
     worker._quarantine.lift("bad")
     assert not quarantined(worker)
-    worker.check([ref(BAD)], 1, Terms())
+
+
+def test_what_was_asked_for_before_a_release_does_not_bring_its_version_back_into_quarantine(worker: Worker) -> None:
+    worker._quarantine.released("bad", 2)
+    error = AdapterdError("this batch failed")
+    old, new = AdapterRef("bad", "sha256:1", 1), AdapterRef("bad", "sha256:1", 2)
+    assert [worker._quarantine.failed(old, error) for _ in range(3)] == [None] * 3
+    assert worker._quarantine.failed(new, error) is None
+    assert isinstance(worker._quarantine.failed(new, error), AdapterQuarantined)
+    assert quarantined(worker) == {"bad": 1}
 
 
 def test_what_is_too_late_is_not_run(worker: Worker, runner: FaultyRunner, clock: Clock) -> None:

@@ -55,13 +55,14 @@ class Catalog:
         clock: Callable[[], float],
         prepare: Callable[[str, Release, Release], Awaitable[None]],
         retire: Callable[[str], None],
+        released: Callable[[str, int], None],
         access: Access = EVERYTHING,
     ) -> None:
         """`clock` gives seconds; only differences count.
 
         `prepare(name, known, later)` is awaited before a release of another process replaces a known one;
-        `retire(version)` is told when no known release names a version any more. `access` says which names may be
-        suggested to whoever asks for another.
+        `retire(version)` is told when no known release names a version any more, `released(name, number)` when a
+        release becomes known, whoever made it. `access` says which names may be suggested to whoever asks for another.
         """
         self._store = store
         self._poll_seconds = poll_seconds
@@ -69,6 +70,7 @@ class Catalog:
         self._prepare = prepare
         self._access = access
         self._retire = retire
+        self._released = released
         self._views: OrderedDict[str, _View] = OrderedDict()
         self._versions: OrderedDict[tuple[str, str], None] = OrderedDict()  # asked for by version, and there
         self._named: defaultdict[str, list[str]] = defaultdict(list)  # version -> names whose known release names it
@@ -126,6 +128,7 @@ class Catalog:
             for version in later.versions:
                 self._named[version].append(name)
             self._forget(name, known)
+            self._released(name, later.number)
         while len(self._views) > MAX_KNOWN:
             oldest, view = self._views.popitem(last=False)
             self._forget(oldest, view.release)

@@ -180,6 +180,7 @@ class Engine:
             clock=clock,
             prepare=self._prefetch,
             retire=self._residency.retire,
+            released=self._quarantine.released,
             access=access,
         )
         self._shadows = Shadows(self._residency, self._pipeline, metrics)
@@ -201,7 +202,8 @@ class Engine:
         """Of requests that take several adapters which are not all in memory."""
         self._embedders: dict[Pooling, TaskAdapter] = {}
         """The backbone alone, by what makes a vector of a text's states."""
-        self._following: asyncio.Task[None] | None = None
+        self._poll_seconds = settings.store_poll_seconds
+        self._following: list[asyncio.Task[None]] = []
         self._limits: set[asyncio.Timeout] = set()
         """Of the requests under way."""
         self._draining = False
@@ -266,9 +268,10 @@ class Engine:
         return self._worker.recent.newest_first(limit)
 
     def start(self) -> None:
-        """Starts the device's thread, and following the store's pins."""
+        """Starts the device's thread, and following the store's pins and the releases of adapters in quarantine."""
         self._worker.start()
-        self._following = asyncio.get_running_loop().create_task(self._pins.follow())
+        loop = asyncio.get_running_loop()
+        self._following = [loop.create_task(self._pins.follow()), loop.create_task(self._follow_quarantined())]
 
     def drain(self) -> None:
         """New requests get ShuttingDown from here on; those under way are answered."""
@@ -282,12 +285,27 @@ class Engine:
 
     def stop(self) -> None:
         """Ends every request that still waits, and all threads."""
-        if self._following is not None:
-            self._following.cancel()
+        for task in self._following:
+            task.cancel()
         self._shadows.stop()
         self._worker.stop()
         for pool in (self._loader_pool, self._tokenizer_pool):
             pool.shutdown(wait=False, cancel_futures=True)
+
+    async def _follow_quarantined(self) -> None:
+        """Keeps up with the releases of adapters in quarantine, which others may have put right while nobody asks for
+        them here."""
+        while True:
+            await asyncio.sleep(max(self._poll_seconds, 0.05))
+            for name in self._quarantine.names():
+                try:
+                    await self._catalog.current(name)
+                except AdapterdError as error:
+                    log.warning(
+                        "the release of an adapter in quarantine cannot be read", adapter=name, error=error.message
+                    )
+                except Exception:
+                    log.exception("an adapter in quarantine is not followed", adapter=name)
 
     # ------------------------------------------------------------------------------------------------------ requests
 
@@ -431,29 +449,23 @@ class Engine:
         """See Publisher.publish."""
         self._access.require(name)
         published = await self._publisher.publish(name, upload, by=by)
-        self._quarantine.lift(name)
+        self._quarantine.lift(name)  # also where what serves was proven once more, and nothing released
         return published
 
     async def release(self, name: str, plan: Plan, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.release."""
         self._access.require(name)
-        release = await self._publisher.release(name, plan, by=by, note=note, after=after)
-        self._quarantine.lift(name)
-        return release
+        return await self._publisher.release(name, plan, by=by, note=note, after=after)
 
     async def rollback(self, name: str, *, to: int | None, by: str, note: str, after: int | None) -> Release:
         """See Publisher.rollback."""
         self._access.require(name)
-        release = await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
-        self._quarantine.lift(name)
-        return release
+        return await self._publisher.rollback(name, to=to, by=by, note=note, after=after)
 
     async def delete(self, name: str, *, by: str, note: str, after: int | None) -> Release:
         """See Publisher.delete."""
         self._access.require(name)
-        release = await self._publisher.delete(name, by=by, note=note, after=after)
-        self._quarantine.lift(name)
-        return release
+        return await self._publisher.delete(name, by=by, note=note, after=after)
 
     async def verify(self, name: str, version: str | None) -> tuple[str, Report]:
         """Reads a version, by default the main one, from the store and proves it anew. Raises what is wrong with it."""

@@ -2,7 +2,8 @@
 
 Each failing batch costs everybody time, since it is taken apart to find out whose fault it was. So after some failures
 in a row, requests for the version are refused. When a pause is over, one of them is let through; if it succeeds the
-version is back, else, or if nothing is heard of it, the next one has to wait for another pause.
+version is back, else, or if nothing is heard of it, the next one has to wait for another pause. A new release of the
+adapter, whoever makes it, gives all its versions another chance.
 """
 
 import math
@@ -51,6 +52,7 @@ class Quarantine:
         self._pause_seconds = pause_seconds
         self._clock = clock
         self._records: OrderedDict[Key, _Record] = OrderedDict()
+        self._released: OrderedDict[str, int] = OrderedDict()  # adapter -> its last release that is known here
         self._lock = threading.Lock()
 
     def check(self, ref: AdapterRef) -> None:
@@ -75,6 +77,8 @@ class Quarantine:
     def failed(self, ref: AdapterRef, error: AdapterdError) -> AdapterQuarantined | None:
         """All its texts in a batch failed, each alone. What callers get from here on, if it is in quarantine now."""
         with self._lock:
+            if ref.release is not None and ref.release < self._released.get(ref.name, 0):
+                return None  # asked for before the release that ended its quarantine, or keeps it out of one
             key = ref.name, ref.version
             record = self._records.setdefault(key, _Record())
             self._records.move_to_end(key)
@@ -91,8 +95,24 @@ class Quarantine:
             self._forget([oldest])
         return _refusal(ref, record, self._pause_seconds) if quarantined else None
 
+    def names(self) -> set[str]:
+        """Adapters of which a version is in quarantine."""
+        with self._lock:
+            return {name for (name, _), record in self._records.items() if record.until is not None}
+
+    def released(self, name: str, number: int) -> None:
+        """The adapter's last release is this one: if it is a new one, all versions get another chance."""
+        with self._lock:
+            if number <= self._released.get(name, 0):
+                return
+            self._released[name] = number
+            self._released.move_to_end(name)
+            if len(self._released) > MAX_REMEMBERED:
+                self._released.popitem(last=False)
+        self.lift(name)
+
     def lift(self, name: str) -> None:
-        """The adapter was released anew, or proven: all its versions get another chance."""
+        """The adapter was proven: all its versions get another chance."""
         if self._records:
             with self._lock:
                 keys = [key for key in self._records if key[0] == name]

@@ -72,7 +72,12 @@ class Local:
             settings.store, endpoint=settings.store_endpoint, timeout_seconds=settings.store_timeout_seconds
         )
         self._catalog = Catalog(
-            self._store, poll_seconds=0, clock=time.monotonic, prepare=_prepare_nothing, retire=lambda _: None
+            self._store,
+            poll_seconds=0,
+            clock=time.monotonic,
+            prepare=_prepare_nothing,
+            retire=lambda _: None,
+            released=lambda _, __: None,
         )
         self._engine: Engine | None = None
         self._runner = asyncio.Runner()
