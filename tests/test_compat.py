@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -446,6 +447,47 @@ def test_vllm_loads_replaces_and_unloads(server: Running) -> None:
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'loaded' removed successfully.")
     vllm_error(server.http.post("/v1/unload_lora_adapter", json=unload), 404, "NotFoundError")
     assert load(server, "loaded", "good").status_code == 200  # a deleted name may come back
+
+
+@pytest.mark.parametrize("other", ["the same", "another"])
+def test_of_two_vllm_loads_of_one_new_name_exactly_one_succeeds(
+    server: Running, other: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"raced-{other.split()[-1]}"
+    folders = [checkpoint(server.root / f"{name}-0"), checkpoint(server.root / f"{name}-1")]
+    if other == "another":
+        (folders[1] / "labels.json").write_text('["no", "yes"]')
+    put_version, both = server.store.put_version, asyncio.Barrier(2)
+
+    async def put_together(*arguments: Any) -> str:
+        await both.wait()  # neither has found the other's release
+        return await put_version(*arguments)
+
+    monkeypatch.setattr(server.store, "put_version", put_together)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda folder: load(server, name, folder), folders))
+    monkeypatch.undo()
+    [won, lost] = sorted(answers, key=lambda answer: answer.status_code)
+    assert won.status_code == 200, won.text
+    assert "has already been loaded" in vllm_error(lost, 400, "InvalidUserInput")
+    history = server.http.get(f"/admin/adapters/{name}/releases").json()["releases"]
+    assert [one["release"] for one in history] == [1]
+
+
+def test_vllm_load_that_loses_to_a_deletion_says_so(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = checkpoint(server.root / "deleted")
+    put_version = server.store.put_version
+
+    async def put_late(name: str, *arguments: Any) -> str:
+        version = await put_version(name, *arguments)
+        await server.store.release(name, Plan.only(version), by="somebody else")
+        await server.store.delete(name, by="somebody else")
+        return version
+
+    monkeypatch.setattr(server.store, "put_version", put_late)
+    answer = load(server, "deleted", folder)
+    monkeypatch.undo()
+    assert "the last release of adapter 'deleted' is 2, not 0" in vllm_error(answer, 400, "BadRequestError")
 
 
 def test_vllm_loads_the_configurations_of_a_folders_modules(server: Running) -> None:

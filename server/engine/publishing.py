@@ -58,6 +58,8 @@ class Upload:
     force: bool = False
     """Release it however it does on `eval`."""
     note: str = ""
+    after: int | None = None
+    """The number of the release that its own has to follow, 0 for none; None: whatever was released before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ class Publisher:
     async def publish(self, name: str, upload: Upload, *, by: str) -> Published:
         """Checks a checkpoint, proves that it runs, compares, stores and releases it.
 
-        Raises InvalidAdapter naming what is wrong, or RefusedRelease, and then nothing has changed.
+        Raises InvalidAdapter naming what is wrong, or RefusedRelease, and then nothing has changed; Conflict where the
+        last release is not the one that this one was to follow.
         """
         check_name(name)
         files = await self._compute(partial(gather, upload.files, self._max_upload_bytes))
@@ -156,10 +159,10 @@ class Publisher:
         current: Release | None = None
         with suppress(CorruptVersion):  # another release puts that right
             current = await self._store.current(name)
-        if current is not None and current.plan == plan:
+        if current is not None and current.plan == plan and upload.after in (None, current.number):
             self._catalog.note(name, current)
             return current, False
-        release = await self._store.release(name, plan, by=by, note=upload.note or "upload")
+        release = await self._store.release(name, plan, by=by, note=upload.note or "upload", after=upload.after)
         return self._released(name, release, "publish"), True
 
     async def _compare(self, name: str, adapter: TaskAdapter, upload: Upload) -> Comparison | None:

@@ -22,7 +22,7 @@ from server.api.task_schemas import Texts
 from server.core import Activation, ClassifyOptions, LabelScore, Route, TextInput
 from server.engine.engine import Engine
 from server.engine.publishing import Upload
-from server.errors import InvalidRequest, TooLarge, UnknownAdapter
+from server.errors import Conflict, InvalidRequest, TooLarge, UnknownAdapter
 from server.settings import Settings
 from server.store.folder import checkpoint_files
 from server.store.formats.files import MAX_FILES
@@ -158,16 +158,16 @@ def _class(index: int, labels: Sequence[LabelScore], order: Sequence[str]) -> Vl
 @router.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
 async def load(body: LoadBody, engine: EngineDep, settings: SettingsDep) -> str:
     """Make an adapter of a checkpoint on the server's disk serve."""
-    if not body.load_inplace and await _serves(body.lora_name, engine):
-        raise InvalidRequest(
-            f"The lora adapter '{body.lora_name}' has already been loaded. If you want to load the adapter in place, "
-            "set 'load_inplace' to True.",
-            param="lora_name",
-            code=USER_INPUT,
-        )
+    name = body.lora_name
+    after = None if body.load_inplace else await _release_to_follow(name, engine)
     async with engine.upload_turn:
         files = await asyncio.to_thread(_read, body.lora_path, settings)
-        await engine.publish(body.lora_name, Upload(files, note="load_lora_adapter"), by=made_by())
+        try:
+            await engine.publish(name, Upload(files, note="load_lora_adapter", after=after), by=made_by())
+        except Conflict:
+            if not body.load_inplace:
+                await _release_to_follow(name, engine)  # which says so where somebody else has loaded one
+            raise
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
@@ -178,12 +178,21 @@ async def unload(body: UnloadBody, engine: EngineDep) -> str:
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-async def _serves(name: str, engine: Engine) -> bool:
+async def _release_to_follow(name: str, engine: Engine) -> int:
+    """The number of the last release of a name that nothing serves under, 0 for none. Raises InvalidRequest where
+    something does. Asks the store, since what another server has just loaded is not known here yet."""
     try:
-        await engine.profile(name)
+        [last] = await engine.history(name, before=None, limit=1)
     except UnknownAdapter:
-        return False
-    return True
+        return 0
+    if last.deleted:
+        return last.number
+    raise InvalidRequest(
+        f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, set "
+        "'load_inplace' to True.",
+        param="lora_name",
+        code=USER_INPUT,
+    )
 
 
 def _read(lora_path: str, settings: Settings) -> list[tuple[str, bytes]]:
