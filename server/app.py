@@ -50,7 +50,7 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.asks_for_keys = gate.closed
-    for router in (tasks.router, admin.router, debugging.router, health.router, *compat.ROUTERS):
+    for router in (tasks.router, admin.router, debugging.router, health.probes, health.router, *compat.ROUTERS):
         app.include_router(router)
     errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))
@@ -59,6 +59,16 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     app.add_middleware(Observe, metrics=metrics)
     app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)  # outermost, so that every line has the id
     return app
+
+
+def create_metrics_app(app: FastAPI) -> FastAPI:
+    """The series and probes of an application, for `ADAPTERD_METRICS_PORT`, where nobody is asked for a key: so it has
+    these routes and no others, whatever the application learns to do."""
+    beside = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False)
+    beside.state = app.state
+    beside.include_router(health.probes)
+    errors.install(beside, {})
+    return beside
 
 
 def _body_limit(settings: Settings, scope: Scope) -> int:

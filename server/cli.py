@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from server.client_key import KEY_VARIABLE
 from server.manage.commands import URL_VARIABLE
 from server.manage.commands import app as adapters_app
 from server.training.commands import evaluate_command, train_command
+
+if TYPE_CHECKING:
+    from server.settings import Settings
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -92,10 +95,6 @@ def serve(
     ssl_ca_certs: Annotated[Path | None, typer.Option(help="PEM; ask clients for a certificate of these.")] = None,
 ) -> None:
     """Serve adapters over HTTP. Every other option is an environment variable: see docs/settings.md."""
-    from pydantic import ValidationError
-
-    from server.settings import Settings
-
     flags: dict[str, Any] = {
         "host": host,
         "port": port,
@@ -109,8 +108,30 @@ def serve(
         "ssl_keyfile": None if ssl_keyfile is None else str(ssl_keyfile),
         "ssl_ca_certs": None if ssl_ca_certs is None else str(ssl_ca_certs),
     }
+    settings = _settings({name: value for name, value in flags.items() if value is not None})
+    from server import serving
+
+    raise typer.Exit(serving.run(settings))
+
+
+@app.command("healthcheck")
+def healthcheck_command() -> None:
+    """Ask the server that runs here, with the settings of this environment, whether it is ready. Status 0: it is."""
+    from server.healthcheck import trouble
+
+    if reason := trouble(_settings({})):
+        print(f"adapterd: {reason}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _settings(flags: dict[str, Any]) -> "Settings":
+    """Those of the environment and of the flags. Ends the command where they make no sense."""
+    from pydantic import ValidationError
+
+    from server.settings import Settings
+
     try:
-        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+        settings = Settings(**flags)
     except ValidationError as error:
         for wrong in error.errors():
             field = ".".join(map(str, wrong["loc"]))
@@ -121,9 +142,7 @@ def serve(
     if unknown := sorted(name for name in os.environ if name.startswith("ADAPTERD_") and name not in known):
         print(f"adapterd: {unknown[0]} is not a setting; see docs/settings.md", file=sys.stderr)
         raise typer.Exit(2)
-    from server import serving
-
-    raise typer.Exit(serving.run(settings))
+    return settings
 
 
 def main() -> None:

@@ -8,13 +8,15 @@ import math
 import socket
 import ssl
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import uvicorn
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
 from server import logs
-from server.app import create_app
+from server.app import create_app, create_metrics_app
 from server.blocks import BLOCKS
 from server.engine.engine import Engine
 from server.engine.warmup import WarmUp
@@ -38,8 +40,48 @@ M_ARENA_MAX = -8
 """mallopt's name for their number, from malloc.h."""
 
 
+class _MetricsServer(uvicorn.Server):
+    """Answers on ADAPTERD_METRICS_PORT, beside the server that signals end."""
+
+    def __init__(self, app: FastAPI, settings: Settings) -> None:
+        """Takes the port, or says why it cannot and ends the process."""
+        assert settings.metrics_port is not None
+        config = uvicorn.Config(
+            create_metrics_app(app),
+            host=settings.metrics_address,
+            port=settings.metrics_port,
+            lifespan="off",  # the application's own
+            ws="none",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=math.ceil(LAST_ANSWERS_SECONDS),
+        )
+        super().__init__(config)
+        self._socket = config.bind_socket()
+        host, port = self._socket.getsockname()[:2]
+        self.url = f"http://{host}:{port}"
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """None: they are the other server's."""
+        yield
+
+    def start(self) -> None:
+        """From here on it answers."""
+        self._answering = asyncio.get_running_loop().create_task(self.serve([self._socket]))
+
+    async def stop(self) -> None:
+        """Ends it; raises what it failed with."""
+        self.should_exit = True
+        await self._answering
+
+
 class _Server(uvicorn.Server):
     """uvicorn, which speaks once its sockets listen."""
+
+    def __init__(self, config: uvicorn.Config, beside: _MetricsServer | None) -> None:
+        super().__init__(config)
+        self._beside = beside
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # What is there now stays until the end: the collector need not look at it each time, half a million objects
@@ -53,7 +95,9 @@ class _Server(uvicorn.Server):
             assert isinstance(self.config.app, FastAPI)
             self._warm_up = WarmUp(self.config.app.state.backbone)
             url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
-            print(await _greeting(self.config.app, url), flush=True)
+            if self._beside is not None:
+                self._beside.start()
+            print(await _greeting(self.config.app, url, self._beside.url if self._beside else None), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
@@ -68,6 +112,8 @@ class _Server(uvicorn.Server):
         cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
         await super().shutdown(sockets)
         cutting.cancel()
+        if self._beside is not None:  # the last to go, so that probes and scrapes see the others end
+            await self._beside.stop()
         await asyncio.to_thread(self._warm_up.stop)
 
 
@@ -118,12 +164,12 @@ def run(settings: Settings) -> int:
         reason = error.strerror or str(error)
         print(f"adapterd: ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used: {reason}", file=sys.stderr)
         return 1
-    server = _Server(config)
+    server = _Server(config, None if settings.metrics_port is None else _MetricsServer(app, settings))
     server.run()
     return 0 if server.started else 1
 
 
-async def _greeting(app: FastAPI, url: str) -> str:
+async def _greeting(app: FastAPI, url: str, metrics_url: str | None) -> str:
     """The address, and a curl line that works if the store has anything to try."""
     engine: Engine = app.state.engine
     key = ' -H "authorization: Bearer $ADAPTERD_API_KEY"' if app.state.asks_for_keys else ""
@@ -133,6 +179,8 @@ async def _greeting(app: FastAPI, url: str) -> str:
         f"adapterd serves {spec.name} ({engine.dtype} on {engine.device}) at {url}",
         f"API documentation: {url}/docs",
     ]
+    if metrics_url is not None:
+        lines.append(f"Metrics and probes, without a key: {metrics_url}/metrics")
     try:
         example = await asyncio.wait_for(_example(engine, url, key), GREETING_SECONDS)
     except AdapterdError as error:

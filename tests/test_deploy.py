@@ -79,6 +79,11 @@ def container(objects: list[Object]) -> Object:
     return dict(only_one)
 
 
+def ports(objects: list[Object]) -> dict[str, int]:
+    """The server's, by their names."""
+    return {port["name"]: port["containerPort"] for port in container(objects)["ports"]}
+
+
 def settings(objects: list[Object]) -> dict[str, str]:
     return dict(only(objects, "ConfigMap")["data"])
 
@@ -154,8 +159,8 @@ def test_components_go_together(tmp_path: Path) -> None:
 def test_settings_are_the_servers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = overlay(name)
     read = read_settings(settings(objects), monkeypatch)
-    [port] = container(objects)["ports"]
-    assert port["containerPort"] == read.port
+    assert ports(objects) == {"http": read.port, "metrics": read.metrics_port}
+    assert read.metrics_address == read.host
     assert not read.insecure
     # A Service named like the prefix of the settings would set them, ADAPTERD_PORT=tcp://...
     assert server_pod(objects)["enableServiceLinks"] is False
@@ -166,11 +171,28 @@ def test_settings_are_the_servers(name: str, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_probes_ask_routes_that_need_no_key(name: str) -> None:
     server_container = container(overlay(name))
-    [port] = server_container["ports"]
     for probe, path in (("startupProbe", "/livez"), ("livenessProbe", "/livez"), ("readinessProbe", "/readyz")):
         asked = server_container[probe]["httpGet"]
-        assert asked == {"path": path, "port": port["name"]}
+        assert asked == {"path": path, "port": "metrics"}  # which TLS on the other one leaves as it is
         assert f"GET {path}" in TAKES[None]
+
+
+@pytest.mark.parametrize(
+    ("name", "let_in"),
+    [
+        *((name, []) for name in OVERLAYS if name not in ("gateway", "monitoring")),
+        ("gateway", [{"podSelector": {"matchLabels": {"app.kubernetes.io/name": "adapterd-picker"}}}]),
+        ("monitoring", [{"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}]),
+    ],
+)
+def test_few_reach_the_port_that_asks_for_no_key(name: str, let_in: list[Object]) -> None:
+    rules = only(overlay(name), "NetworkPolicy")["spec"]["ingress"]
+    assert all(rule["from"] and [port["protocol"] for port in rule["ports"]] == ["TCP"] for rule in rules)
+    by_port: dict[str, list[Object]] = {}
+    for rule in rules:
+        by_port.setdefault(rule["ports"][0]["port"], []).extend(rule["from"])
+    assert by_port.pop("metrics", []) == let_in
+    assert set(by_port) == {"http"}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -320,9 +342,11 @@ def test_the_monitor_scrapes_the_service() -> None:
     [endpoint] = only(objects, "ServiceMonitor")["spec"]["endpoints"]
     service = only(objects, "Service")
     assert only(objects, "ServiceMonitor")["spec"]["selector"]["matchLabels"] == service["metadata"]["labels"]
-    assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
+    targets = {port["name"]: port["targetPort"] for port in service["spec"]["ports"]}
+    assert targets[endpoint["port"]] == "metrics"
     assert f"GET {endpoint['path']}" in TAKES[Scope.METRICS]
-    assert endpoint["authorization"]["credentials"]
+    assert "authorization" not in endpoint
+    assert [port["name"] for port in only(overlay("cpu"), "Service")["spec"]["ports"]] == ["http"]
 
 
 def test_gateways_reach_routes_that_ask_adapters_only() -> None:
@@ -334,8 +358,7 @@ def test_gateways_reach_routes_that_ask_adapters_only() -> None:
     pool = only(objects, "InferencePool")
     assert [backend["name"] for backend in rule["backendRefs"]] == [named(pool)]
     assert pool["spec"]["selector"] == only(objects, "Deployment")["spec"]["selector"]
-    [port] = container(objects)["ports"]
-    assert pool["spec"]["targetPorts"] == [{"number": port["containerPort"]}]
+    assert pool["spec"]["targetPorts"] == [{"number": ports(objects)["http"]}]
 
 
 def test_the_picker_is_where_the_pool_says() -> None:
@@ -348,6 +371,7 @@ def test_the_picker_is_where_the_pool_says() -> None:
     [one] = dict(pods(objects))["adapterd-picker"]["containers"]
     arguments = dict(argument.removeprefix("--").split("=", 1) for argument in one["args"])
     assert arguments["pool-name"] == named(only(objects, "InferencePool"))
+    assert int(arguments["model-server-metrics-port"]) == ports(objects)["metrics"]
     assert set(re.findall(r"adapterd_\w+", arguments["total-queued-requests-metric"])) <= SERIES
     config = yaml.safe_load(only(objects, "ConfigMap", "adapterd-picker")["data"]["picker-config.yaml"])
     [profile] = config["schedulingProfiles"]
@@ -365,8 +389,6 @@ def test_the_worked_example_renders(tmp_path: Path) -> None:
     assert {one["metadata"].get("namespace") for one in objects} == {"adapterd"}
     wanted = {volume["secret"]["secretName"] for volume in server_pod(objects)["volumes"] if "secret" in volume}
     wanted |= {source["secretRef"]["name"] for source in container(objects)["envFrom"] if "secretRef" in source}
-    [endpoint] = only(objects, "ServiceMonitor")["spec"]["endpoints"]
-    wanted.add(endpoint["authorization"]["credentials"]["name"])
     assert set(re.findall(r"create secret generic (\S+)", DEPLOY_PAGE)) == wanted
 
 

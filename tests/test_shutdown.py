@@ -91,7 +91,9 @@ def test_nothing_that_was_accepted_is_lost(tmp_path: Path, bert: Backbone, backb
     files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
     store = str(tmp_path / "store")
     for number in range(times):
-        with children.serving(tmp_path, store, backbone_folder, shutdown_delay_seconds="1.5") as server:
+        with children.serving(
+            tmp_path, store, backbone_folder, shutdown_delay_seconds="1.5", metrics_port="0"
+        ) as server:
             if not number:
                 uploads = [("files", file) for file in files.items()]
                 server.client.put("/admin/adapters/one", files=uploads).raise_for_status()

@@ -1,4 +1,4 @@
-"""For orchestrators, scrapers and people: /livez /readyz /metrics /info."""
+"""For orchestrators and scrapers: /livez /readyz /metrics; for people: /info."""
 
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
@@ -11,10 +11,13 @@ from server.api.schemas import BackboneInfo, Info, Limits
 from server.errors import DeviceStopped, ShuttingDown
 from server.tasks import TASKS
 
+probes = APIRouter(tags=["operations"])
+"""What `ADAPTERD_METRICS_PORT` answers as well, without a key: nothing that changes, asks or names who asks."""
+
 router = APIRouter(tags=["operations"])
 
 
-@router.get("/livez")
+@probes.get("/livez")
 async def livez(engine: EngineDep) -> dict[str, str]:
     """The process answers; 503 where only a restart would help."""
     if engine.crashed:
@@ -22,7 +25,7 @@ async def livez(engine: EngineDep) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/readyz")
+@probes.get("/readyz")
 async def readyz(engine: EngineDep) -> dict[str, str]:
     """Requests can be answered; 503 where they cannot, and from the moment on that the server is told to end."""
     if not engine.ready:
@@ -30,7 +33,7 @@ async def readyz(engine: EngineDep) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics", response_class=Response)
+@probes.get("/metrics", response_class=Response)
 async def metrics(series: MetricsDep, engine: EngineDep) -> Response:
     """Prometheus series."""
     series.live.snapshot = engine.snapshot()  # here, on the event loop, which owns most of what it looks at
