@@ -1,5 +1,6 @@
 """create_app: where everything is put together. Nothing happens at import."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -41,7 +42,9 @@ def create_app(settings: Settings, *, backbone: Backbone | None = None, store: A
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         engine.start()
+        following = asyncio.create_task(gate.follow(metrics.keys_reread))
         yield
+        following.cancel()
         engine.stop()
 
     app = FastAPI(title="adapterd", version=server.__version__, lifespan=lifespan)

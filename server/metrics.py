@@ -244,6 +244,12 @@ class Metrics:
             ["adapter", "version", "outcome"],
             registry=registry,
         )
+        self._keys_reread = Gauge(
+            "adapterd_api_keys_last_reload_successful",
+            "1, or 0 where the file of API keys has changed to what cannot be used.",
+            registry=registry,
+        )
+        self._keys_reread.set(1)
         self.releases = Counter("adapterd_releases", "Releases made by this process.", ["kind"], registry=registry)
 
     def store_call(self, operation: str, outcome: str, seconds: float) -> None:
@@ -267,6 +273,10 @@ class Metrics:
     def _free_label(self, adapter: str) -> str:
         own = sum(label != OTHER for label, _ in self._quarantined.values())
         return adapter if own < self._adapters else OTHER
+
+    def keys_reread(self, usable: bool) -> None:
+        """The file of API keys has been read anew."""
+        self._keys_reread.set(usable)
 
     def count_shadow(self, adapter: str, version: str, outcome: str, texts: int) -> None:
         """Texts of an adapter that a shadow version of it has computed, or not. Called on the event loop only."""

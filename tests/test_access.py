@@ -10,13 +10,14 @@ import logging
 import stat
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
+from uuid import uuid4
 
 import jwt
 import pytest
@@ -30,9 +31,10 @@ from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
 from server import serving
+from server.api.access import gate as gate_module
 from server.api.access import keys as keys_module
 from server.api.access.gate import MAX_CREDENTIAL, Gate, route_path, scope_of
-from server.api.access.keys import PREFIX, KeyEntry, Keys, digest_of, new_key
+from server.api.access.keys import PREFIX, KeyEntry, Keys, KeySource, digest_of, new_key
 from server.api.access.principal import ANYONE, NOBODY, Principal, Scope, acting, current
 from server.api.access.rate import BURST_SECONDS, Rates
 from server.api.access.tokens import KEPT_SECONDS, PAUSE_SECONDS, Tokens
@@ -79,6 +81,12 @@ def fill(store: AdapterStore, bert: Backbone) -> None:
         sync = Sync(store)
         version = sync.put_version(name, make_artifact(blueprint, random_tensors(blueprint, seed)))
         sync.release(name, Plan.only(version), by="test")
+
+
+def read_keys(file: Path | None, inline: str | None) -> Keys:
+    keys = KeySource(file, inline).read()
+    assert keys is not None
+    return keys
 
 
 def settings(**options: Any) -> Settings:
@@ -608,7 +616,7 @@ SECRET = "adk_this-is-a-secret"
 def test_wrong_keys_are_named_by_place_and_never_by_value(tmp_path: Path, text: str, place: str) -> None:
     file = tmp_path / "keys.json"
     file.write_text(text)
-    for load in (lambda: Keys.load(file, None), lambda: Keys.load(None, text)):
+    for load in (lambda: read_keys(file, None), lambda: read_keys(None, text)):
         with pytest.raises(BadConfiguration) as error:
             load()
         assert place in error.value.message
@@ -617,14 +625,14 @@ def test_wrong_keys_are_named_by_place_and_never_by_value(tmp_path: Path, text: 
 
 def test_a_keys_file_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(BadConfiguration, match=r"keys\.json"):
-        Keys.load(tmp_path / "keys.json", None)
+        read_keys(tmp_path / "keys.json", None)
 
 
 def test_keys_of_file_and_environment_together(tmp_path: Path) -> None:
     file = tmp_path / "keys.json"
     one, two = new_key(), new_key()
     file.write_text(json.dumps([{"name": "one", "sha256": digest_of(one)}]))
-    keys = Keys.load(file, json.dumps([{"name": "two", "sha256": digest_of(two)}]))
+    keys = read_keys(file, json.dumps([{"name": "two", "sha256": digest_of(two)}]))
     assert [keys.find(key).name for key in (one, two)] == ["one", "two"]
     assert keys.find(new_key()) is None
 
@@ -663,7 +671,7 @@ def test_a_key_and_its_entry() -> None:
         "adapters": ["team-a-*"],
         "requests_per_minute": 600,
     }
-    who = Keys.load(None, f"[{entry}]").find(secret)
+    who = read_keys(None, f"[{entry}]").find(secret)
     assert who == Principal("bob", frozenset({Scope.INFER, Scope.ADMIN}), ("team-a-*",), 600)
 
 
@@ -672,7 +680,7 @@ def test_a_key_added_to_a_file(tmp_path: Path) -> None:
     secrets = [run("key", name, "--file", str(file)).stdout.strip() for name in ("ann", "bob")]
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     assert list(tmp_path.iterdir()) == [file]
-    keys = Keys.load(file, None)
+    keys = read_keys(file, None)
     assert [keys.find(secret).name for secret in secrets] == ["ann", "bob"]
     assert not any(secret in file.read_text() for secret in secrets)
     before = file.read_bytes()
@@ -1085,6 +1093,130 @@ def test_settings_do_not_show_keys() -> None:
     shown = repr(settings(ssl_certfile="x", ssl_keyfile_password="hunter2"))
     assert "sha256" not in shown
     assert "hunter2" not in shown
+
+
+# --- keys that change while the server runs
+
+
+def entries(*names: str) -> str:
+    return json.dumps(
+        [{**entry, "sha256": digest_of(SECRETS[entry["name"]])} for entry in ENTRIES if entry["name"] in names]
+    )
+
+
+def put_in_place(folder: Path, text: str) -> None:
+    """As Kubernetes changes a volume of a Secret: the file is a link into a folder that is swapped."""
+    revision = folder / f"..{uuid4().hex}"
+    revision.mkdir()
+    (revision / "keys.json").write_text(text)
+    (folder / "..next").symlink_to(revision.name)
+    (folder / "..next").replace(folder / "..data")
+    if not (folder / "keys.json").is_symlink():
+        (folder / "keys.json").symlink_to("..data/keys.json")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def test_each_state_of_the_keys_file_is_told_once(tmp_path: Path) -> None:
+    source = KeySource(tmp_path / "keys.json", json.dumps([{**GOOD, "name": "beside"}]))
+    for text in (None, "[", entries("a"), "[]", None, entries("a", "b")):
+        (tmp_path / "keys.json").unlink(missing_ok=True)
+        if text is not None:
+            (tmp_path / "keys.json").write_text(text)
+        if text is None or text == "[":
+            with pytest.raises(BadConfiguration, match=r"keys\.json"):
+                source.read()
+        else:
+            keys = source.read()
+            assert keys is not None
+            assert keys.names == {"beside", *(entry["name"] for entry in json.loads(text))}
+        assert source.read() is None
+
+
+def test_keys_of_the_environment_do_not_change() -> None:
+    assert KeySource(Path("keys.json"), None).may_change
+    assert not KeySource(None, KEYS).may_change
+
+
+@pytest.fixture
+def changing(tmp_path: Path, bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+    """Its keys, of which `all` is in the environment, are in tmp_path."""
+    put_in_place(tmp_path, entries("infer", "slow"))
+    monkeypatch.setattr(gate_module, "FOLLOW_SECONDS", 0.005)
+    clock = Clock()
+    monkeypatch.setattr(Gate, "load", partial(Gate.load, clock=clock))
+    given = settings(api_keys=entries("all"), api_keys_file=str(tmp_path / "keys.json"))
+    app = create_app(given, backbone=bert, store=AdapterStore.open("memory://"))
+    with TestClient(app, raise_server_exceptions=False) as client:
+        yield Served(client, app, clock)
+
+
+def lets_in(served: Served) -> set[str]:
+    """The keys that may ask for something."""
+    statuses = {key: served.ask(key, "GET", "/info").status_code for key in ("infer", "all", "a", "narrow")}
+    assert set(statuses.values()) <= {200, 401}
+    return {key for key, status in statuses.items() if status == 200}
+
+
+def usable(served: Served) -> bool:
+    return "\nadapterd_api_keys_last_reload_successful 1.0\n" in served.ask("all", "GET", "/metrics").text
+
+
+def test_keys_come_and_go_with_their_file(changing: Served, tmp_path: Path) -> None:
+    assert lets_in(changing) == {"infer", "all"}
+    put_in_place(tmp_path, entries("a", "slow"))
+    wait_until(lambda: lets_in(changing) == {"a", "all"})
+    assert usable(changing)
+
+
+@pytest.mark.parametrize("broken", ["[", "", "{}", json.dumps([{"name": "a"}]), None])
+def test_a_keys_file_that_breaks_leaves_the_keys_as_they_were(
+    changing: Served, lines: Lines, tmp_path: Path, broken: str | None
+) -> None:
+    if broken is None:
+        (tmp_path / "..data").unlink()
+    else:
+        put_in_place(tmp_path, broken)
+    wait_until(lambda: not usable(changing))
+    assert lets_in(changing) == {"infer", "all"}
+    [told] = [line for line in lines.of("adapterd.access") if "those from before stay" in line["event"]]
+    assert "keys.json" in told["error"]
+    put_in_place(tmp_path, entries("narrow"))
+    wait_until(lambda: usable(changing))
+    assert lets_in(changing) == {"narrow", "all"}
+
+
+def test_a_server_whose_last_key_is_withdrawn_is_closed(
+    tmp_path: Path, bert: Backbone, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_in_place(tmp_path, entries("all"))
+    monkeypatch.setattr(gate_module, "FOLLOW_SECONDS", 0.005)
+    given = Settings(api_keys_file=str(tmp_path / "keys.json"))
+    app = create_app(given, backbone=bert, store=AdapterStore.open("memory://"))
+    with TestClient(app) as client:
+        served = Served(client, app, Clock())
+        assert lets_in(served) == {"all"}
+        put_in_place(tmp_path, "[]")
+        wait_until(lambda: lets_in(served) == set())
+        assert client.get("/info").status_code == 401
+        assert client.get("/livez").status_code == 200
+        put_in_place(tmp_path, entries("narrow"))
+        wait_until(lambda: lets_in(served) == {"narrow"})
+
+
+def test_a_key_that_stays_keeps_its_rate(changing: Served, tmp_path: Path) -> None:
+    asked = [changing.ask("slow", "GET", "/info").status_code for _ in range(11)]
+    assert asked == [200] * 10 + [429]
+    put_in_place(tmp_path, entries("a", "slow"))
+    wait_until(lambda: "a" in lets_in(changing))
+    assert changing.ask("slow", "GET", "/info").status_code == 429
+    changing.clock.now += 1
+    assert changing.ask("slow", "GET", "/info").status_code == 200
 
 
 # --- TLS

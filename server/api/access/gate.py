@@ -1,5 +1,6 @@
 """In front of all routes: who asks, and whether they may ask this route."""
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from ipaddress import ip_address
@@ -11,12 +12,18 @@ from starlette.routing import compile_path
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as AsgiScope
 
-from server.api.access.keys import Keys
+from server.api.access.keys import Keys, KeySource
 from server.api.access.principal import ANYONE, NOBODY, Principal, Scope, acting
 from server.api.access.rate import Rates
 from server.api.access.tokens import Tokens
 from server.errors import AdapterdError, BadConfiguration, Forbidden, Unauthorized
+from server.logs import get_logger
 from server.settings import Settings
+
+log = get_logger("adapterd.access")
+
+FOLLOW_SECONDS = 2.0
+"""Between two looks at the file of keys."""
 
 TAKES: Mapping[Scope | None, tuple[str, ...]] = {
     # Orchestrators carry no keys. What is asked here says nothing about adapters.
@@ -99,20 +106,24 @@ def is_loopback(host: str) -> bool:
 class Gate:
     """Keys, tokens and rates of a server."""
 
-    def __init__(self, keys: Keys, tokens: Tokens | None, rates: Rates) -> None:
-        self._keys = keys
+    def __init__(self, source: KeySource, tokens: Tokens | None, rates: Rates) -> None:
+        """Raises BadConfiguration for keys that cannot be read."""
+        self._source = source
+        self._keys = source.read() or Keys([])
         self._tokens = tokens
         self._rates = rates
+        self.closed = bool(self._keys) or tokens is not None
+        """Whether anybody is asked who they are; they are also when the last key has been withdrawn."""
 
     @classmethod
     def load(cls, settings: Settings, clock: Callable[[], float] = time.monotonic) -> "Gate":
         """As the settings say. Raises BadConfiguration, also where nobody would be asked for a key though others than
         this machine can ask."""
         file, inline = settings.api_keys_file, settings.api_keys
-        keys = Keys.load(None if file is None else Path(file), None if inline is None else inline.get_secret_value())
-        if not keys and (file is not None or inline is not None):  # whose last key is withdrawn is not to be open
+        source = KeySource(None if file is None else Path(file), None if inline is None else inline.get_secret_value())
+        gate = cls(source, _tokens(settings, clock), Rates(clock))
+        if not gate._keys and (file is not None or inline is not None):  # whose last key is withdrawn is not to be open
             raise BadConfiguration("there is no key among the API keys", param="api_keys")
-        gate = cls(keys, _tokens(settings, clock), Rates(clock))
         if not gate.closed and not settings.insecure and not is_loopback(settings.host):
             raise BadConfiguration(
                 f"anybody who reaches {settings.host} could upload and delete adapters. Make a key (adapterd key NAME "
@@ -122,10 +133,29 @@ class Gate:
             )
         return gate
 
-    @property
-    def closed(self) -> bool:
-        """Whether anybody is asked who they are."""
-        return bool(self._keys) or self._tokens is not None
+    async def follow(self, reread: Callable[[bool], None]) -> None:
+        """Takes over the keys of the file whenever it has changed, until it is cancelled; `reread(True)` is told when
+        it has, `reread(False)` when what is there cannot be used."""
+        while self._source.may_change:
+            await asyncio.sleep(FOLLOW_SECONDS)
+            try:
+                keys = await asyncio.to_thread(self._source.read)
+            except BadConfiguration as error:
+                log.error("the API keys cannot be read, those from before stay", error=error.message)
+                reread(False)
+            except Exception:
+                log.exception("the API keys cannot be read, those from before stay")
+                reread(False)
+            else:
+                if keys is not None:
+                    before, self._keys = self._keys, keys
+                    log.warning(
+                        "the API keys have changed",
+                        keys=len(keys),
+                        new=sorted(keys.names - before.names),
+                        withdrawn=sorted(before.names - keys.names),
+                    )
+                    reread(True)
 
     async def who(self, headers: Headers) -> Principal:
         """Who asks. Raises Unauthorized, or IssuerUnavailable."""

@@ -60,15 +60,10 @@ class Keys:
     def __len__(self) -> int:
         return len(self._principals)
 
-    @classmethod
-    def load(cls, file: Path | None, inline: str | None) -> "Keys":
-        """From a JSON file and from JSON, both lists. Raises BadConfiguration naming what is wrong, never a value."""
-        entries: list[KeyEntry] = []
-        if file is not None:
-            entries += _read(file)
-        if inline is not None:
-            entries += _parsed(inline.encode(), "ADAPTERD_API_KEYS")
-        return cls(entries)
+    @property
+    def names(self) -> frozenset[str]:
+        """Whose they are."""
+        return frozenset(principal.name for _, principal in self._principals)
 
     @classmethod
     def add(cls, file: Path, entry: KeyEntry) -> None:
@@ -79,7 +74,7 @@ class Keys:
         file = file.resolve()
         try:
             with _locked(file.parent):
-                entries = [*(_read(file) if file.exists() else []), entry]
+                entries = [*(_parsed(file.read_bytes(), str(file)) if file.exists() else []), entry]
                 cls(entries)
                 _replace(file, _ENTRIES.dump_json(entries, exclude_none=True, indent=1) + b"\n")
         except OSError as error:
@@ -95,6 +90,39 @@ class Keys:
         return found
 
 
+class KeySource:
+    """Where a server's keys come from: a JSON file, which may change while the server runs, and JSON, both lists."""
+
+    def __init__(self, file: Path | None, inline: str | None) -> None:
+        self._file = file
+        self._inline = inline
+        self._last: bytes | str | None = None
+        """What the file held at the last reading, or why it could not be read."""
+
+    @property
+    def may_change(self) -> bool:
+        """Whether there is anything to look at again."""
+        return self._file is not None
+
+    def read(self) -> Keys | None:
+        """All keys; None where the file is as it was at the last reading.
+
+        Raises BadConfiguration, once for each state of the file, naming what is wrong and never a value.
+        """
+        if self._file is None:
+            return Keys(self._beside())
+        now = _contents(self._file)
+        if now == self._last:
+            return None
+        self._last = now
+        if isinstance(now, str):
+            raise BadConfiguration(now, param="api_keys_file")
+        return Keys([*_parsed(now, str(self._file)), *self._beside()])
+
+    def _beside(self) -> list[KeyEntry]:
+        return [] if self._inline is None else _parsed(self._inline.encode(), "ADAPTERD_API_KEYS")
+
+
 def digest_of(key: str) -> str:
     """What is kept of a key: the hex SHA-256 of its bytes."""
     return hashlib.sha256(key.encode()).hexdigest()
@@ -105,11 +133,12 @@ def new_key() -> str:
     return PREFIX + secrets.token_urlsafe(SECRET_BYTES)
 
 
-def _read(file: Path) -> list[KeyEntry]:
+def _contents(file: Path) -> bytes | str:
+    """What it holds, or why it cannot be read."""
     try:
-        return _parsed(file.read_bytes(), str(file))
+        return file.read_bytes()
     except OSError as error:
-        raise BadConfiguration(f"{file}: {error.strerror}", param="api_keys_file") from error
+        return f"{file}: {error.strerror}"
 
 
 @contextmanager
