@@ -17,6 +17,7 @@ from server.api.access.rate import Rates
 from server.api.access.tokens import Tokens
 from server.errors import AdapterdError, BadConfiguration, Forbidden, Unauthorized
 from server.settings import Settings
+from server.tracing import OFF, Tracing
 
 TAKES: Mapping[Scope | None, tuple[str, ...]] = {
     # Orchestrators carry no keys. What is asked here says nothing about adapters.
@@ -105,14 +106,14 @@ class Gate:
         self._rates = rates
 
     @classmethod
-    def load(cls, settings: Settings, clock: Callable[[], float] = time.monotonic) -> "Gate":
+    def load(cls, settings: Settings, clock: Callable[[], float] = time.monotonic, tracing: Tracing = OFF) -> "Gate":
         """As the settings say. Raises BadConfiguration, also where nobody would be asked for a key though others than
         this machine can ask."""
         file, inline = settings.api_keys_file, settings.api_keys
         keys = Keys.load(None if file is None else Path(file), None if inline is None else inline.get_secret_value())
         if not keys and (file is not None or inline is not None):  # whose last key is withdrawn is not to be open
             raise BadConfiguration("there is no key among the API keys", param="api_keys")
-        gate = cls(keys, _tokens(settings, clock), Rates(clock))
+        gate = cls(keys, _tokens(settings, clock, tracing), Rates(clock))
         if not gate.closed and not settings.insecure and not is_loopback(settings.host):
             raise BadConfiguration(
                 f"anybody who reaches {settings.host} could upload and delete adapters. Make a key (adapterd key NAME "
@@ -145,7 +146,7 @@ class Gate:
         self._rates.spend(principal)
 
 
-def _tokens(settings: Settings, clock: Callable[[], float]) -> Tokens | None:
+def _tokens(settings: Settings, clock: Callable[[], float], tracing: Tracing) -> Tokens | None:
     issuer, audience = settings.jwt_issuer, settings.jwt_audience
     if not issuer and not audience:
         return None
@@ -159,7 +160,7 @@ def _tokens(settings: Settings, clock: Callable[[], float]) -> Tokens | None:
             "ADAPTERD_JWT_JWKS_URL has to begin with https://: who can change what comes from there can make tokens",
             param="jwt_jwks_url",
         )
-    return Tokens(issuer, audience, url, clock)
+    return Tokens(issuer, audience, url, clock, tracing)
 
 
 def _credential(headers: Headers) -> str:
