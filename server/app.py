@@ -99,9 +99,9 @@ def create_app(
     return app
 
 
-def _tracing(exporters: list[str]) -> Tracing:
-    """Spans to these exporters. Raises BadConfiguration where what makes them is not installed."""
-    if not exporters:
+def _tracing(names: list[str]) -> Tracing:
+    """Spans to the exporters of these names. Raises BadConfiguration where what makes them is not installed."""
+    if not names:
         return OFF
     try:
         import fastapi.telemetry  # noqa: F401 - which makes the spans of HTTP requests, in recent versions
@@ -113,7 +113,7 @@ def _tracing(exporters: list[str]) -> Tracing:
             "pip install 'adapterd[otel]', or set OTEL_TRACES_EXPORTER=none",
             param="OTEL_TRACES_EXPORTER",
         ) from error
-    return OpenTelemetry.exporting(exporters)
+    return OpenTelemetry.exporting(names)
 
 
 def _body_limit(settings: Settings, scope: Scope) -> int:
