@@ -219,6 +219,24 @@ class AdapterRef:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreCall:
+    """A call of the adapter store that has ended, further tries included."""
+
+    operation: str
+    key: str
+    """The object's, or what a listing's keys begin with."""
+    outcome: str
+    """`success`, `missing`, `exists`, `failure` or `cancelled`."""
+    seconds: float
+    attempts: int
+
+    @property
+    def failed(self) -> bool:
+        """Whether the store did not do what it should."""
+        return self.outcome == "failure"
+
+
+@dataclass(frozen=True, slots=True)
 class LabelScore:
     """One label and its score: a probability, or the value that was measured."""
 

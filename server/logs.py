@@ -1,5 +1,5 @@
-"""Structured logs: one configuration, libraries' own logs through the same pipe, and the request id in every line that
-a request causes on the event loop."""
+"""Structured logs: one configuration, libraries' own logs through the same pipe, and the ids of the request and of its
+trace in every line that a request causes on the event loop."""
 
 import logging
 import sys
@@ -9,13 +9,16 @@ import structlog
 from asgi_correlation_id import correlation_id
 from structlog.typing import EventDict, WrappedLogger
 
+from server import tracing
+
 AUDIT = "adapterd.audit"
 """The logger that tells who did what to the adapters. Its lines come out whatever the level."""
 
 
-def _request_id(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
+def _ids(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
     if (request_id := correlation_id.get()) is not None:
         event["request_id"] = request_id
+    event.update(tracing.ids())
     return event
 
 
@@ -26,7 +29,7 @@ def configure(level: str, style: str) -> None:
     shared: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
-        _request_id,
+        _ids,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     last: list[structlog.typing.Processor] = (

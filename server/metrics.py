@@ -9,6 +9,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from server.core import StoreCall
+
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -252,9 +254,9 @@ class Metrics:
         self._keys_reread.set(1)
         self.releases = Counter("adapterd_releases", "Releases made by this process.", ["kind"], registry=registry)
 
-    def store_call(self, operation: str, outcome: str, seconds: float) -> None:
+    def store_call(self, call: StoreCall) -> None:
         """A call of the adapter store has ended. From any thread."""
-        self.store_seconds.labels(operation, outcome).observe(seconds)
+        self.store_seconds.labels(call.operation, call.outcome).observe(call.seconds)
 
     def count_quarantined(self, adapter: str, change: int) -> None:
         """One version of an adapter more in quarantine, or one less. The caller holds a lock.

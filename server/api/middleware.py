@@ -3,21 +3,26 @@
 import time
 from collections.abc import Callable
 
+from asgi_correlation_id import correlation_id
+from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.logs import get_logger
 from server.metrics import Metrics
+from server.tracing import Tracing
 
 log = get_logger("adapterd.access")
 
 
 class Observe:
-    """Logs and counts each request under its route's template, so that labels stay few whatever clients ask for."""
+    """Logs and counts each request under its route's template, so that labels stay few whatever clients ask for; and
+    tells the client which trace it is in."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing) -> None:
         self._app = app
         self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Passes the request on and watches the answer's status."""
@@ -26,11 +31,13 @@ class Observe:
             return
         started = time.perf_counter()
         status = 500
+        self._tracing.note({"adapterd.request_id": correlation_id.get() or ""})
 
         async def watch(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message).update(self._tracing.answer_headers())
             await send(message)
 
         try:

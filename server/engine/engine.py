@@ -65,6 +65,7 @@ from server.store.store import AdapterStore, StoredVersion
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint, TaskAdapter
 from server.tasks.base import AnyTask
+from server.tracing import OFF, Tracing, about
 
 log = get_logger("adapterd.engine")
 
@@ -141,6 +142,7 @@ class Engine:
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
         access: Access = EVERYTHING,
+        tracing: Tracing = OFF,
     ) -> None:
         """Takes the backbone over: nobody else may run it. `access` says what the caller of a method may reach."""
         self._access = access
@@ -148,6 +150,7 @@ class Engine:
         self._backbone = backbone
         self._store = store
         self._metrics = metrics
+        self._tracing = tracing
         self.upload_turn = asyncio.Semaphore(UPLOADS)
         """To be held from before an upload's bytes are read."""
         self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader")
@@ -165,15 +168,17 @@ class Engine:
         self._quarantine = Quarantine(
             metrics, failures=settings.quarantine_failures, pause_seconds=settings.quarantine_seconds, clock=clock
         )
-        self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine)
+        self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine, tracing)
         # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
         # texts, each for many adapters, would hold the device for minutes.
         self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
-        self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool, metrics)
+        self._pipeline = Pipeline(backbone.tokenizer, self._worker, self._tokenizer_pool, metrics, tracing)
         prover = Prover(backbone, self._pipeline)
         checker = Checker(backbone)
         loader = Loader(store, checker, prover, self._loader_pool)
-        self._residency = Residency(loader, **_memories(backbone, settings, metrics), metrics=metrics, clock=clock)
+        self._residency = Residency(
+            loader, **_memories(backbone, settings, metrics), metrics=metrics, clock=clock, tracing=tracing
+        )
         self._catalog = Catalog(
             store,
             poll_seconds=settings.store_poll_seconds,
@@ -183,7 +188,7 @@ class Engine:
             released=self._quarantine.released,
             access=access,
         )
-        self._shadows = Shadows(self._residency, self._pipeline, metrics)
+        self._shadows = Shadows(self._residency, self._pipeline, metrics, tracing)
         self._pins = Pins(store, self._catalog, self._residency, metrics, poll_seconds=settings.store_poll_seconds)
         self._publisher = Publisher(
             backbone,
@@ -349,6 +354,7 @@ class Engine:
     async def _run(self, request: TaskRequest, terms: Terms) -> list[TaskAnswer]:
         self._access.require(*request.adapters)
         chosen = [await self._choose(name, request) for name in request.adapters]
+        self._tracing.note(about([choice.ref for choice in chosen]))
         cut = Cut(request.truncate, request.long)
         async with AsyncExitStack() as leases:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]

@@ -19,6 +19,7 @@ from server.metrics import Metrics
 from server.tasks.adapter import TaskAdapter
 from server.tasks.base import Window
 from server.tasks.pooled import PooledTask
+from server.tracing import OFF, Tracing
 
 T = TypeVar("T")
 
@@ -74,12 +75,15 @@ class Answered:
 class Pipeline:
     """The way from texts to answers, for one event loop."""
 
-    def __init__(self, tokenizer: Tokenizer, worker: Worker, executor: Executor, metrics: Metrics) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, worker: Worker, executor: Executor, metrics: Metrics, tracing: Tracing = OFF
+    ) -> None:
         """`executor` tokenizes, and reads what takes more than a glance."""
         self._tokenizer = tokenizer
         self._worker = worker
         self._executor = executor
         self._metrics = metrics
+        self._tracing = tracing
 
     async def answer(
         self,
@@ -162,7 +166,8 @@ class Pipeline:
             )
             return [[encoding] for encoding in encodings]
 
-        with self._metrics.tokenize_seconds.time():
+        texts = {"adapterd.texts": len(inputs)}
+        with self._metrics.tokenize_seconds.time(), self._tracing.span("tokenize", texts):
             return await self._compute(encode)
 
     async def _read(

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 
 import torch
 
+from server.core import AdapterRef
 from server.engine.failures import Failures
 from server.engine.loading import Checked, Loader
 from server.engine.memory import Memory
@@ -22,6 +23,7 @@ from server.errors import (
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.tasks.adapter import TaskAdapter
+from server.tracing import OFF, Tracing, about
 
 log = get_logger("adapterd.residency")
 
@@ -45,6 +47,7 @@ class Residency:
         reading: Memory[None],
         metrics: Metrics,
         clock: Callable[[], float] = time.monotonic,
+        tracing: Tracing = OFF,
     ) -> None:
         """`host` is None where the device's memory is the host's; `reading` is for files on their way."""
         self._loader = loader
@@ -53,6 +56,7 @@ class Residency:
         self._reading = reading
         self._metrics = metrics
         self._clock = clock
+        self._tracing = tracing
         self._loads = Once[tuple[str, str], TaskAdapter]()
         self._failures = Failures[tuple[str, str]](clock)
 
@@ -108,7 +112,8 @@ class Residency:
             adapter = self._device.get(version)
             if adapter is None:
                 # By name too: the same content under another name lies in other files, which may be whole.
-                adapter = await self._loads.call((name, version), lambda: self._load(name, version))
+                with self._tracing.span("load", about([AdapterRef(name, version, None)])):
+                    adapter = await self._loads.call((name, version), lambda: self._load(name, version))
             yield adapter
 
     @asynccontextmanager

@@ -11,6 +11,7 @@ from server.errors import AdapterdError, Overloaded, TooLarge
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.tasks.base import AnyTask
+from server.tracing import OFF, Tracing, about
 
 log = get_logger("adapterd.shadows")
 
@@ -36,10 +37,11 @@ class Answered:
 class Shadows:
     """Runs shadow versions beside serving and counts how often they agree."""
 
-    def __init__(self, residency: Residency, pipeline: Pipeline, metrics: Metrics) -> None:
+    def __init__(self, residency: Residency, pipeline: Pipeline, metrics: Metrics, tracing: Tracing = OFF) -> None:
         self._residency = residency
         self._pipeline = pipeline
         self._metrics = metrics
+        self._tracing = tracing
         self._waiting: set[asyncio.Task[None]] = set()
 
     def start(self, answered: Answered, version: str) -> None:
@@ -58,10 +60,12 @@ class Shadows:
 
     async def _compare(self, answered: Answered, version: str) -> None:
         try:
-            async with self._residency.lease(answered.name, version) as adapter:
-                job = Job(adapter, answered.options, AdapterRef(answered.name, version, None))
-                cut = replace(answered.cut, truncate=True)
-                [shadow] = await self._pipeline.answer([job], answered.texts, cut, Terms(Priority.LOW))
+            ref = AdapterRef(answered.name, version, None)
+            with self._tracing.span("shadow", about([ref])):
+                async with self._residency.lease(answered.name, version) as adapter:
+                    job = Job(adapter, answered.options, ref)
+                    cut = replace(answered.cut, truncate=True)
+                    [shadow] = await self._pipeline.answer([job], answered.texts, cut, Terms(Priority.LOW))
             agreed = sum(map(answered.task.agrees, answered.predictions, shadow.predictions))
         except (Overloaded, TooLarge):
             self._count(answered, version, "skipped", len(answered.texts))

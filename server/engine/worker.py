@@ -18,6 +18,7 @@ from server.engine.scheduler import Batch, Scheduler, Unit
 from server.errors import AdapterdError, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
 from server.logs import get_logger
 from server.metrics import Metrics
+from server.tracing import OFF, Attributes, Place, Tracing, about
 
 log = get_logger("adapterd.worker")
 
@@ -31,8 +32,8 @@ NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 class Ticket:
     """The rows of one request: gathers their answers and ends one future when all are there or any has failed."""
 
-    def __init__(self, size: int, strict: bool = False) -> None:
-        """`size`: answers to wait for. `strict`: see Terms."""
+    def __init__(self, size: int, strict: bool = False, place: Place | None = None) -> None:
+        """`size`: answers to wait for. `strict`: see Terms. `place`: where it stands in a trace."""
         self.future: Future[list[Any]] = Future()
         self._answers: list[Any] = [None] * size
         self.outcome = ANSWERED
@@ -40,8 +41,14 @@ class Ticket:
         self.missing = size
         """Answers that are not there yet."""
         self.strict = strict
+        self.place = place
         self.failed: int | None = None
         """Index of the row that ended the request; None where it was no row's fault."""
+
+    @property
+    def error(self) -> str | None:
+        """Its outcome, unless it is well up to now."""
+        return None if self.outcome == ANSWERED else self.outcome
 
     @property
     def ended(self) -> bool:
@@ -117,11 +124,13 @@ class Worker:
         scheduler: Scheduler[QueuedRow],
         metrics: Metrics,
         quarantine: Quarantine | None = None,
+        tracing: Tracing = OFF,
     ) -> None:
         """Takes the runner and the scheduler over."""
         self._runner = runner
         self._scheduler = scheduler
         self._metrics = metrics
+        self._tracing = tracing
         self._quarantine = quarantine or Quarantine(metrics)
         self._changed = threading.Condition()
         self._stopping = False
@@ -178,7 +187,7 @@ class Worker:
 
         Raises Overloaded, ShuttingDown or DeviceStopped; never blocks on the device.
         """
-        ticket = Ticket(len(rows), terms.strict)
+        ticket = Ticket(len(rows), terms.strict, self._tracing.place())
         groups: dict[int, list[QueuedRow]] = {}  # rows of one text share work
         for index, (row, ref) in enumerate(zip(rows, refs or [None] * len(rows), strict=True)):
             groups.setdefault(id(row.text), []).append(QueuedRow(row, ticket, index, ref))
@@ -197,6 +206,9 @@ class Worker:
             with self._changed:
                 self._scheduler.discard(units)
                 self._measure_queue()
+                running = ticket.place is not None and any(queued.ticket is ticket for queued in self._running)
+            if ticket.place is not None and not running:
+                self._tracing.never_ran(ticket.place, ticket.outcome)
 
     def _check_alive(self) -> None:
         if self.crashed:
@@ -302,6 +314,10 @@ class Worker:
         return None
 
     def _measure(self, batch: Batch[QueuedRow], seconds: float) -> None:
+        if traced := {
+            place: queued.ticket.error for queued in batch.work if (place := queued.ticket.place) is not None
+        }:
+            self._tracing.batch_ran(traced, seconds, _attributes(batch))
         metrics = self._metrics
         metrics.batch_seconds.observe(seconds)
         metrics.batch_texts.observe(len(batch.work))
@@ -362,6 +378,19 @@ def _record(batch: Batch[QueuedRow], seconds: float) -> RanBatch:
         waits=batch.waits,
         outcomes=[queued.ticket.outcome for queued in batch.work],
     )
+
+
+def _attributes(batch: Batch[QueuedRow]) -> Attributes:
+    """What a trace tells of a batch."""
+    refs = {queued.ref for queued in batch.work if queued.ref}
+    weights = {id(queued.row.adapter): queued.row.adapter.weights for queued in batch.work}
+    return {
+        **about(sorted(refs, key=lambda ref: (ref.name, ref.version))),
+        "adapterd.methods": sorted({part.method.name for own in weights.values() for part in own.parts}),
+        "adapterd.requests": len({queued.ticket for queued in batch.work}),
+        "adapterd.rows": len(batch.work),
+        "adapterd.tokens": batch.tokens,
+    }
 
 
 def _same_version(one: AdapterRef | None, other: AdapterRef) -> bool:

@@ -30,6 +30,7 @@ from obstore.exceptions import (
 from obstore.store import AzureStore, GCSStore, LocalStore, MemoryStore, ObjectStore, S3Store
 
 from server.blocks import BLOCKS
+from server.core import StoreCall
 from server.errors import InvalidRequest, StoreUnavailable
 from server.logs import get_logger
 
@@ -38,8 +39,8 @@ log = get_logger("adapterd.store")
 T = TypeVar("T")
 Buffer = bytes | memoryview | obstore.Bytes
 Choose = Callable[[list[str]], str | None]
-Observe = Callable[[str, str, float], None]
-"""Told of each call when it has ended, further tries included: the operation, its outcome, and seconds."""
+Observe = Callable[[StoreCall], None]
+"""Told of each call when it has ended."""
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.1
@@ -250,7 +251,7 @@ class Objects:
                 return await folder.call(lambda: folder.read(key))
             return bytes(await (await obstore.get_async(self._objects, key)).bytes_async())
 
-        return await self._find("get", read)
+        return await self._find("get", key, read)
 
     async def choose(self, prefix: str, choose: Choose, after: str | None = None) -> tuple[str, bytes] | None:
         """The object below a prefix that `choose` picks from the names there, and its bytes; None where it picks none.
@@ -259,7 +260,7 @@ class Objects:
         """
         folder = self._folder_files
         if folder is not None:
-            found = await self._find("list", lambda: folder.call(lambda: folder.choose(prefix, choose)))
+            found = await self._find("list", prefix, lambda: folder.call(lambda: folder.choose(prefix, choose)))
             if found is None:
                 await self._check_root()
             return found
@@ -271,7 +272,7 @@ class Objects:
         """An object's bytes, and another object, opened; each None where it is not there."""
         folder = self._folder_files
         if folder is not None:
-            data, size = await self._find("get", lambda: folder.call(lambda: folder.read_and_measure(key, other)))
+            data, size = await self._find("get", key, lambda: folder.call(lambda: folder.read_and_measure(key, other)))
             if data is None or size is None:
                 await self._check_root()
             return data, None if size is None else Opened(size, lambda: self._read_file(other, size))
@@ -287,11 +288,11 @@ class Objects:
     async def _read_file(self, key: str, size: int) -> Buffer:
         folder = self._folder_files
         assert folder is not None
-        return await self._find("get", lambda: folder.call(lambda: folder.read_block(key), size), size)
+        return await self._find("get", key, lambda: folder.call(lambda: folder.read_block(key), size), size)
 
     async def open_object(self, key: str) -> Opened:
         """An object's size; its bytes follow when they are asked for."""
-        first = await self._find("open", lambda: obstore.get_async(self._objects, key))
+        first = await self._find("open", key, lambda: obstore.get_async(self._objects, key))
         size: int = first.meta["size"]
         results = [first]  # a result can be read once: another try needs another
 
@@ -299,7 +300,7 @@ class Objects:
             result = results.pop() if results else await obstore.get_async(self._objects, key)
             return await result.bytes_async()
 
-        return Opened(size, lambda: self._find("get", once, size))
+        return Opened(size, lambda: self._find("get", key, once, size))
 
     async def put(self, key: str, data: bytes | memoryview) -> None:
         """Writes an object, whole or not at all, over what may be there."""
@@ -318,7 +319,7 @@ class Objects:
 
     async def _write(self, key: str, data: bytes | memoryview, mode: Literal["create", "overwrite"]) -> None:
         await self._check_root()  # which obstore would make again, perhaps where something should be mounted
-        await self._call("put", lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
+        await self._call("put", key, lambda: obstore.put_async(self._objects, key, data, mode=mode), len(data))
 
     async def exists(self, key: str) -> bool:
         """Whether there is such an object."""
@@ -327,7 +328,7 @@ class Objects:
     async def modified_at(self, key: str) -> datetime | None:
         """When an object was written last; None where there is none."""
         try:
-            found = await self._find("head", lambda: obstore.head_async(self._objects, key))
+            found = await self._find("head", key, lambda: obstore.head_async(self._objects, key))
         except FileNotFoundError:
             return None
         return found["last_modified"]
@@ -335,13 +336,15 @@ class Objects:
     async def delete(self, key: str) -> None:
         """Removes an object, if it is there."""
         try:
-            await self._find("delete", lambda: obstore.delete_async(self._objects, key))
+            await self._find("delete", key, lambda: obstore.delete_async(self._objects, key))
         except FileNotFoundError:
             return
 
     async def entries(self, prefix: str, after: str | None = None) -> list[Entry]:
         """The objects anywhere below a prefix, by key; with `after`, those whose keys come later than that."""
-        found = await self._call("list", lambda: obstore.list(self._objects, prefix, offset=after).collect_async())
+        found = await self._call(
+            "list", prefix, lambda: obstore.list(self._objects, prefix, offset=after).collect_async()
+        )
         if not found:
             await self._check_root()
         entries = [Entry(meta["path"], meta["size"], meta["last_modified"]) for meta in found]
@@ -349,7 +352,7 @@ class Objects:
 
     async def folders(self) -> list[str]:
         """The first parts of all keys, unsorted."""
-        found = await self._call("list", lambda: obstore.list_with_delimiter_async(self._objects))
+        found = await self._call("list", "", lambda: obstore.list_with_delimiter_async(self._objects))
         if not found["common_prefixes"]:
             await self._check_root()
         return list(found["common_prefixes"])
@@ -371,30 +374,36 @@ class Objects:
     async def _check_root(self) -> None:
         """A folder that has vanished looks like an empty one."""
         root = self._root
-        if root is not None and not await self._try("head", lambda: asyncio.to_thread(root.is_dir), 0):
+        if root is not None and not await self._try("head", "", lambda: asyncio.to_thread(root.is_dir), 0):
             raise StoreUnavailable("the adapter store's folder is gone")
 
-    async def _call(self, operation: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
+    async def _call(self, operation: str, key: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """A call that needs no object to be there: FileNotFoundError speaks of the bucket."""
         try:
-            return await self._find(operation, call, size)
+            return await self._find(operation, key, call, size)
         except FileNotFoundError as error:
             raise StoreUnavailable("the adapter store's bucket is not there") from error
 
-    async def _find(self, operation: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
+    async def _find(self, operation: str, key: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """A call about one object. Raises FileNotFoundError where it is not there."""
         try:
-            return await self._try(operation, call, size)
+            return await self._try(operation, key, call, size)
         except FileNotFoundError:
             await self._check_root()
             raise
 
-    async def _try(self, operation: str, call: Callable[[], Awaitable[T]], size: int) -> T:
+    async def _try(self, operation: str, key: str, call: Callable[[], Awaitable[T]], size: int) -> T:
         if self._observe is None:
             return await self._tried(call, size)
-        started, outcome = time.perf_counter(), "cancelled"
+        started, outcome, attempts = time.perf_counter(), "cancelled", 0
+
+        def attempt() -> Awaitable[T]:
+            nonlocal attempts
+            attempts += 1
+            return call()
+
         try:
-            value = await self._tried(call, size)
+            value = await self._tried(attempt, size)
         except (FileNotFoundError, AlreadyExistsError) as error:  # which are answers
             outcome = "missing" if isinstance(error, FileNotFoundError) else "exists"
             raise
@@ -405,7 +414,7 @@ class Objects:
             outcome = "success"
             return value
         finally:
-            self._observe(operation, outcome, time.perf_counter() - started)
+            self._observe(StoreCall(operation, key, outcome, time.perf_counter() - started, attempts))
 
     async def _tried(self, call: Callable[[], Awaitable[T]], size: int) -> T:
         seconds = self._timeout_seconds + size / SLOWEST_BYTES_PER_SECOND

@@ -19,6 +19,7 @@ from server.api.access.tokens import Tokens
 from server.errors import AdapterdError, BadConfiguration, Forbidden, Unauthorized
 from server.logs import get_logger
 from server.settings import Settings
+from server.tracing import OFF, Tracing
 
 log = get_logger("adapterd.access")
 
@@ -116,12 +117,12 @@ class Gate:
         """Whether anybody is asked who they are; they are also when the last key has been withdrawn."""
 
     @classmethod
-    def load(cls, settings: Settings, clock: Callable[[], float] = time.monotonic) -> "Gate":
+    def load(cls, settings: Settings, clock: Callable[[], float] = time.monotonic, tracing: Tracing = OFF) -> "Gate":
         """As the settings say. Raises BadConfiguration, also where nobody would be asked for a key though others than
         this machine can ask."""
         file, inline = settings.api_keys_file, settings.api_keys
         source = KeySource(None if file is None else Path(file), None if inline is None else inline.get_secret_value())
-        gate = cls(source, _tokens(settings, clock), Rates(clock))
+        gate = cls(source, _tokens(settings, clock, tracing), Rates(clock))
         if not gate._keys and (file is not None or inline is not None):  # whose last key is withdrawn is not to be open
             raise BadConfiguration("there is no key among the API keys", param="api_keys")
         if not gate.closed and not settings.insecure and not is_loopback(settings.host):
@@ -175,7 +176,7 @@ class Gate:
         self._rates.spend(principal)
 
 
-def _tokens(settings: Settings, clock: Callable[[], float]) -> Tokens | None:
+def _tokens(settings: Settings, clock: Callable[[], float], tracing: Tracing) -> Tokens | None:
     issuer, audience = settings.jwt_issuer, settings.jwt_audience
     if not issuer and not audience:
         return None
@@ -189,7 +190,7 @@ def _tokens(settings: Settings, clock: Callable[[], float]) -> Tokens | None:
             "ADAPTERD_JWT_JWKS_URL has to begin with https://: who can change what comes from there can make tokens",
             param="jwt_jwks_url",
         )
-    return Tokens(issuer, audience, url, clock)
+    return Tokens(issuer, audience, url, clock, tracing)
 
 
 def _credential(headers: Headers) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 from server.api.access.principal import EVERYTHING, Principal, Scope
 from server.errors import BadConfiguration, IssuerUnavailable, Unauthorized
 from server.logs import get_logger
+from server.tracing import OFF, Tracing
 
 log = get_logger("adapterd.access")
 
@@ -33,7 +34,9 @@ MAX_SUBJECT = 200
 class Tokens:
     """Checks tokens against the issuer's keys, which are fetched when they are needed and kept for a while."""
 
-    def __init__(self, issuer: str, audience: str, jwks_url: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, issuer: str, audience: str, jwks_url: str, clock: Callable[[], float], tracing: Tracing = OFF
+    ) -> None:
         """`clock` gives seconds; only differences count. Raises BadConfiguration where PyJWT is not installed."""
         try:
             import cryptography  # noqa: F401 - without it PyJWT knows shared secrets only
@@ -43,6 +46,8 @@ class Tokens:
         self._jwt: Any = jwt
         self._issuer = issuer
         self._audience = audience
+        self._url = jwks_url
+        self._tracing = tracing
         self._client = jwt.PyJWKClient(jwks_url, cache_jwk_set=False, timeout=FETCH_SECONDS)
         self._clock = clock
         self._keys: dict[str, Any] = {}
@@ -98,7 +103,9 @@ class Tokens:
         """Where it fails, the old keys stay: while an issuer is down, its tokens are good."""
         self._tried = self._clock()
         try:
-            found = await asyncio.to_thread(self._client.get_signing_keys)
+            with self._tracing.outgoing("GET", self._url) as headers:
+                self._client.headers = headers
+                found = await asyncio.to_thread(self._client.get_signing_keys)
         except (self._jwt.PyJWTError, OSError, ValueError) as error:
             log.warning("the issuer's keys cannot be fetched", reason=type(error).__name__)
             return
