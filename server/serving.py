@@ -17,7 +17,6 @@ from server import logs
 from server.app import create_app
 from server.blocks import BLOCKS
 from server.engine.engine import Engine
-from server.engine.warmup import WarmUp
 from server.errors import AdapterdError
 from server.settings import Settings
 from server.tasks import TASKS
@@ -39,7 +38,10 @@ M_ARENA_MAX = -8
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which speaks once its sockets listen."""
+    """uvicorn, which speaks once it is ready."""
+
+    failure: AdapterdError | None = None
+    """Why it ended by itself."""
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # What is there now stays until the end: the collector need not look at it each time, half a million objects
@@ -49,11 +51,22 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._giving_back = asyncio.get_running_loop().create_task(_give_back_memory())
         if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            assert isinstance(self.config.app, FastAPI)
-            self._warm_up = WarmUp(self.config.app.state.backbone)
-            url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
-            print(await _greeting(self.config.app, url), flush=True)
+            self._greeting = asyncio.get_running_loop().create_task(self._greet())
+
+    async def _greet(self) -> None:
+        """Once everything has been run; ends the server where nothing can be."""
+        assert isinstance(self.config.app, FastAPI)
+        engine: Engine = self.config.app.state.engine
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        try:
+            await engine.warmed()
+        except AdapterdError as error:
+            self.failure = error
+            self.should_exit = True
+            return
+        print(
+            await _greeting(self.config.app, f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"), flush=True
+        )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
@@ -63,12 +76,12 @@ class _Server(uvicorn.Server):
         settings: Settings = self.config.app.state.settings
         loop = asyncio.get_running_loop()
         told = loop.time()
+        self._greeting.cancel()
         engine.drain()
         await asyncio.sleep(min(settings.shutdown_delay_seconds, settings.shutdown_grace_seconds))
         cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
         await super().shutdown(sockets)
         cutting.cancel()
-        await asyncio.to_thread(self._warm_up.stop)
 
 
 async def _give_back_memory() -> None:
@@ -120,7 +133,9 @@ def run(settings: Settings) -> int:
         return 1
     server = _Server(config)
     server.run()
-    return 0 if server.started else 1
+    if server.failure is not None:
+        print(f"adapterd: {server.failure.message}", file=sys.stderr)
+    return 0 if server.started and server.failure is None else 1
 
 
 async def _greeting(app: FastAPI, url: str) -> str:

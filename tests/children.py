@@ -102,6 +102,7 @@ class Server:
     def __init__(self, folder: Path, store: str, backbone: str, **settings: str) -> None:
         """Starts it; `folder` is for its output."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
+        settings = {"warm_up_seconds": "0", **settings}
         options = {f"ADAPTERD_{name.upper()}": value for name, value in settings.items()}
         self._output = folder / "output.txt"
         self._output.unlink(missing_ok=True)
