@@ -85,7 +85,7 @@ class Server:
 
 
 @contextmanager
-def serve(store: Path, log: Path, **settings: object) -> Iterator[Server]:
+def serve(store: Path | str, log: Path, **settings: object) -> Iterator[Server]:
     """A server over a store, with settings by their names; its log goes to a file. It is gone at the end."""
     port = _free_port()
     environment = os.environ | {f"ADAPTERD_{name.upper()}": str(value) for name, value in settings.items()}

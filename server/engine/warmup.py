@@ -124,7 +124,7 @@ class WarmUp:
             yield f"{tokens} tokens", partial(self._batches, tokens)
 
     async def _adapters(self, method: str, task: str) -> None:
-        """One alone and, where they may share a forward, two at once; nothing where the backbone does not carry them."""
+        """One alone and, where they may share a forward, two at once; none where the backbone does not carry them."""
         try:
             one = await self._make(method, task)
         except InvalidAdapter:
