@@ -31,6 +31,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from logging import getLogger
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ STEADY = [
     ("lora", {"r": 8, "target_modules": "all-linear"}, "embedding"),
     ("lora", {"r": 4}, "question_answering"),
     ("lora", {"r": 8}, "tagging"),
-    *[("lora", {"r": rank}, "classification") for rank in (2, 4, 8, 8, 16) * 8],
+    *[("lora", {"r": rank}, "classification") for rank in (2, 4, 8, 8, 16) * 4],
 ]
 SWAPPED = [
     ("lora", {}),
@@ -515,7 +516,7 @@ class Soak:
             said = answer.json()
             traffic = said["traffic"] if "traffic" in said else {said["version"]: 1.0} if "version" in said else {}
             if said.get("release") is not None:
-                self._released[made.name][said["release"]] = traffic
+                self._released[made.name].setdefault(said["release"], traffic)  # it may have been there
 
     async def _swap(self) -> None:
         made = self._random.choice(self._swapped)
@@ -685,6 +686,7 @@ def main() -> int:
     options = parser.parse_args()
     logging.disable_progress_bar()
     logs.configure("error", "json")
+    getLogger(logs.AUDIT).setLevel("ERROR")  # of the references' own server
     backbone = Backbone.load(BACKBONE, device="cpu", dtype="float32")
     groups = make_all(backbone)
     say("computing what every version says alone")
