@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 IMAGE ?= adapterd:latest
 FUZZ_CASES ?= 200000
+SOAK_SECONDS ?= 1800
 
 .PHONY: install run test soak fuzz lint format bench image clean
 
@@ -29,6 +30,7 @@ format: $(VENV)/.dev
 
 soak: $(VENV)/.dev
 	$(BIN)/pytest -m soak
+	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS) --json
 
 # FUZZ_CASES damaged uploads, half as many requests, and as many lives of adapters as that leaves time for.
 fuzz: $(VENV)/.dev

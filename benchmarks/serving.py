@@ -85,7 +85,7 @@ class Server:
 
 
 @contextmanager
-def serve(store: Path, log: Path, **settings: object) -> Iterator[Server]:
+def serve(store: Path | str, log: Path, **settings: object) -> Iterator[Server]:
     """A server over a store, with settings by their names; its log goes to a file. It is gone at the end."""
     port = _free_port()
     environment = os.environ | {f"ADAPTERD_{name.upper()}": str(value) for name, value in settings.items()}
@@ -97,7 +97,7 @@ def serve(store: Path, log: Path, **settings: object) -> Iterator[Server]:
         while not _ready(port):
             if process.poll() is not None or time.perf_counter() - started > START_SECONDS:
                 raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.005)
+            time.sleep(0.02)
         yield Server(process, port, time.perf_counter() - started)
     finally:
         process.terminate()

@@ -18,6 +18,7 @@ AdapterdError
 ├── IssuerUnavailable       503  a token cannot be checked now; carries Retry-After
 ├── MemoryFull              503  all adapters in memory are in use; carries Retry-After
 ├── OverBudget              507  an adapter is larger than the memory for adapters
+├── WarmingUp               503  only where somebody asks whether the server is ready; carries Retry-After
 ├── ShuttingDown            503  carries Retry-After
 ├── DeviceStopped           503  the device's thread has died; only a restart helps
 ├── AdapterQuarantined      503  an adapter failed again and again; carries Retry-After
@@ -191,6 +192,15 @@ class OverBudget(AdapterdError):
 
     status = 507
     code = "over_memory_budget"
+
+
+class WarmingUp(AdapterdError):
+    """Not everything that a request takes has been run yet."""
+
+    status = 503
+    type = "unavailable_error"
+    code = "warming_up"
+    retry_after = 1
 
 
 class ShuttingDown(AdapterdError):

@@ -19,7 +19,6 @@ from server import logs
 from server.app import create_app, create_metrics_app
 from server.blocks import BLOCKS
 from server.engine.engine import Engine
-from server.engine.warmup import WarmUp
 from server.errors import AdapterdError
 from server.settings import Settings
 from server.tasks import TASKS
@@ -77,7 +76,10 @@ class _MetricsServer(uvicorn.Server):
 
 
 class _Server(uvicorn.Server):
-    """uvicorn, which speaks once its sockets listen."""
+    """uvicorn, which speaks once it is ready."""
+
+    failure: AdapterdError | None = None
+    """Why it ended by itself."""
 
     def __init__(self, config: uvicorn.Config, beside: _MetricsServer | None) -> None:
         super().__init__(config)
@@ -91,13 +93,23 @@ class _Server(uvicorn.Server):
         await super().startup(sockets)
         self._giving_back = asyncio.get_running_loop().create_task(_give_back_memory())
         if self.started:
-            host, port = self.servers[0].sockets[0].getsockname()[:2]
-            assert isinstance(self.config.app, FastAPI)
-            self._warm_up = WarmUp(self.config.app.state.backbone)
-            url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
             if self._beside is not None:
                 self._beside.start()
-            print(await _greeting(self.config.app, url, self._beside.url if self._beside else None), flush=True)
+            self._greeting = asyncio.get_running_loop().create_task(self._greet())
+
+    async def _greet(self) -> None:
+        """Once everything has been run; ends the server where nothing can be."""
+        assert isinstance(self.config.app, FastAPI)
+        engine: Engine = self.config.app.state.engine
+        host, port = self.servers[0].sockets[0].getsockname()[:2]
+        try:
+            await engine.warmed()
+        except AdapterdError as error:
+            self.failure = error
+            self.should_exit = True
+            return
+        url = f"{'https' if self.config.is_ssl else 'http'}://{host}:{port}"
+        print(await _greeting(self.config.app, url, self._beside.url if self._beside else None), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
@@ -107,6 +119,7 @@ class _Server(uvicorn.Server):
         settings: Settings = self.config.app.state.settings
         loop = asyncio.get_running_loop()
         told = loop.time()
+        self._greeting.cancel()
         engine.drain()
         await asyncio.sleep(min(settings.shutdown_delay_seconds, settings.shutdown_grace_seconds))
         cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
@@ -114,7 +127,6 @@ class _Server(uvicorn.Server):
         cutting.cancel()
         if self._beside is not None:  # the last to go, so that probes and scrapes see the others end
             await self._beside.stop()
-        await asyncio.to_thread(self._warm_up.stop)
 
 
 async def _give_back_memory() -> None:
@@ -166,7 +178,9 @@ def run(settings: Settings) -> int:
         return 1
     server = _Server(config, None if settings.metrics_port is None else _MetricsServer(app, settings))
     server.run()
-    return 0 if server.started else 1
+    if server.failure is not None:
+        print(f"adapterd: {server.failure.message}", file=sys.stderr)
+    return 0 if server.started and server.failure is None else 1
 
 
 async def _greeting(app: FastAPI, url: str, metrics_url: str | None) -> str:

@@ -80,6 +80,13 @@ class Settings(BaseSettings):
         description="Number format of the backbone. `auto` is bfloat16 where the hardware multiplies it natively "
         "(CUDA, AMX, AVX512-BF16), else float32.",
     )
+    warm_up_seconds: float = Field(
+        20.0,
+        ge=0,
+        description="How long the server may run small batches of everything before `/readyz` says 200, so that no "
+        "request waits for what happens only once. It takes as long as it needs, seconds for a small backbone; the log "
+        "names what was left when the time was over. 0: not at all.",
+    )
     max_batch_tokens: int = Field(
         2048,
         ge=1,

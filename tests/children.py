@@ -122,6 +122,7 @@ class Server:
 
     def __init__(self, folder: Path, store: str, backbone: str, **settings: str) -> None:
         """Starts it; `folder` is for its output."""
+        settings = {"warm_up_seconds": "0", **settings}
         self._output = folder / "output.txt"
         self._output.unlink(missing_ok=True)
         arguments = ["serve", "--port", "0", "--store", store, "--backbone", backbone]

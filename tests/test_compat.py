@@ -938,7 +938,8 @@ def test_a_fault_of_ours_is_a_500_in_the_peers_shape(server: Running, monkeypatc
 
 
 def test_not_ready_is_told(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "ready", property(lambda self: False))
+    monkeypatch.setattr(Engine, "_is_warm", False)
+    assert server.http.get("/v2/models/moods/ready").json()["ready"] is False
     for path in ("/tei/health", "/tei/moods/health", "/models/moods/health", "/v2/health/ready"):
         answer = server.http.get(f"{path}")
         assert answer.status_code == 503

@@ -16,10 +16,10 @@ import httpx
 import httpx2
 import pytest
 from children import save_tiny_bert, serving
-from faulty import Fault, FaultyS3, faulty_s3
 from helpers import make_artifact, make_blueprint, random_tensors
 from starlette.testclient import TestClient
 
+from benchmarks.faulty import Fault, FaultyS3, faulty_s3
 from server.app import create_app
 from server.backbone.backbone import Backbone
 from server.engine.engine import Engine

@@ -179,14 +179,17 @@ class Uploader(threading.Thread):
         self.several.set()
 
 
-def test_a_killed_server_has_kept_what_it_acknowledged(tmp_path: Path, bert: Backbone) -> None:
+@pytest.mark.parametrize("times", [4, pytest.param(50, marks=pytest.mark.soak)])
+def test_a_killed_server_has_kept_what_it_acknowledged(
+    tmp_path: Path, bert: Backbone, times: int, record_property: Callable[[str, object], None]
+) -> None:
     backbone = children.save_tiny_bert(tmp_path / "backbone")
     blueprint = make_blueprint(bert.spec, "lora", {"r": 4}, labels=LABELS[:2])
     artifacts = [make_artifact(blueprint, random_tensors(blueprint, seed, bert)) for seed in range(3)]
     uploads = [{"manifest.json": one.manifest_bytes, "adapter.safetensors": one.tensor_bytes} for one in artifacts]
     store = str(tmp_path / "store")
     acknowledged: dict[str, dict[int, str]] = {name: {} for name in ("one", "two", "three")}
-    for seed in range(4):
+    for seed in range(times):
         with children.serving(tmp_path, store, backbone) as server:
             check_served(server.client, acknowledged)
             uploaders = [Uploader(server, name, uploads) for name in acknowledged]
@@ -205,14 +208,25 @@ def test_a_killed_server_has_kept_what_it_acknowledged(tmp_path: Path, bert: Bac
             acknowledged[name] |= {one["release"]: one["version"] for one in uploader.acknowledged}
     with children.serving(tmp_path, store, backbone) as server:
         check_served(server.client, acknowledged)
+    record_property("acknowledged_uploads", sum(map(len, acknowledged.values())))
+
+
+def history(client: httpx.Client, name: str) -> dict[int, dict[str, float]]:
+    """All releases and their traffic."""
+    found: dict[int, dict[str, float]] = {}
+    while 1 not in found:
+        before = {"before": min(found)} if found else {}
+        page = client.get(f"/admin/adapters/{name}/releases", params={"limit": 1000, **before}).json()["releases"]
+        assert page, found
+        found |= {one["release"]: one["traffic"] for one in page}
+    return found
 
 
 def check_served(client: httpx.Client, acknowledged: dict[str, dict[int, str]]) -> None:
     for name, releases in acknowledged.items():
         if not releases:
             continue
-        history = client.get(f"/admin/adapters/{name}/releases", params={"limit": 1000}).json()["releases"]
-        found = {one["release"]: one["traffic"] for one in history}
+        found = history(client, name)
         assert sorted(found) == list(range(1, len(found) + 1))
         assert {number: {version: 1.0} for number, version in releases.items()}.items() <= found.items()
         answer = client.post("/classify", json={"adapter": name, "inputs": "w1 w2"}).json()

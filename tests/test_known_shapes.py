@@ -7,7 +7,6 @@ from test_http import own_adapter
 
 from server.adapters.joined import rounded_up
 from server.backbone.backbone import Backbone
-from server.engine.warmup import LARGEST_ROWS, WarmUp, products
 
 
 @pytest.fixture(scope="module")
@@ -49,32 +48,3 @@ def test_compact_weights_are_the_same_and_lie_together(half: Backbone) -> None:
     factors = [factor for part in adapter.weights.parts for own in part.sites.values() for factor in (own.a, own.b)]
     assert len({factor.untyped_storage().data_ptr() for factor in factors}) == 1
     assert all(factor.data_ptr() % 64 == factors[0].data_ptr() % 64 for factor in factors)
-
-
-@torch.inference_mode()
-def test_what_is_compiled_beforehand(half: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every size that a batch can have, at every linear layer."""
-    seen: set[tuple[int, int, int]] = set()
-    linear = torch.nn.functional.linear
-
-    def spy(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        seen.add((x.shape[-2], *weight.shape))
-        return linear(x, weight, bias)
-
-    monkeypatch.setattr(torch.nn.functional, "linear", spy)
-    for product in products(half):
-        product()
-    beforehand = set(seen)
-    for length in (3, 20, 45):
-        run(half, [(random_text(length, length), None)])
-    pooled = {shape for shape in seen if shape[0] == 1}  # the pooler's, of one row for each text
-    assert seen - pooled == beforehand
-    assert max(rows for rows, _, _ in beforehand) == LARGEST_ROWS
-
-
-def test_nothing_is_compiled_beforehand_in_float32() -> None:
-    assert list(products(tiny_backbone("bert"))) == []
-
-
-def test_a_warm_up_can_be_stopped(half: Backbone) -> None:
-    WarmUp(half).stop()

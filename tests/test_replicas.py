@@ -14,9 +14,9 @@ import children
 import httpx
 import pytest
 import torch
-from faulty import FaultyS3, faulty_s3
 from helpers import make_artifact, make_blueprint, random_tensors
 
+from benchmarks.faulty import FaultyS3, faulty_s3
 from server.backbone.backbone import Backbone
 from server.errors import Conflict, InvalidRequest, StoreUnavailable
 from server.store.artifact import Artifact, Manifest

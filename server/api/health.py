@@ -8,7 +8,7 @@ import server
 from server.adapters import METHODS
 from server.api.deps import EngineDep, MetricsDep, SettingsDep
 from server.api.schemas import BackboneInfo, Info, Limits
-from server.errors import DeviceStopped, ShuttingDown
+from server.errors import DeviceStopped
 from server.tasks import TASKS
 
 probes = APIRouter(tags=["operations"])
@@ -27,9 +27,9 @@ async def livez(engine: EngineDep) -> dict[str, str]:
 
 @probes.get("/readyz")
 async def readyz(engine: EngineDep) -> dict[str, str]:
-    """Requests can be answered; 503 where they cannot, and from the moment on that the server is told to end."""
-    if not engine.ready:
-        raise ShuttingDown("the server is shutting down, or the device's thread is not running")
+    """Requests can be answered, and what they take has been run; 503 where not, and from the moment on that the server
+    is told to end."""
+    engine.check_ready()
     return {"status": "ready"}
 
 

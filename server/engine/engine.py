@@ -38,6 +38,7 @@ from server.engine.residency import Residency
 from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.shadows import Answered, Shadows
+from server.engine.warmup import WarmUp
 from server.engine.worker import QueuedRow, Worker
 from server.errors import (
     AdapterdError,
@@ -51,6 +52,7 @@ from server.errors import (
     ShuttingDown,
     StoreUnavailable,
     UnservableAdapter,
+    WarmingUp,
     WrongTask,
 )
 from server.logs import get_logger
@@ -203,6 +205,16 @@ class Engine:
             max_upload_bytes=settings.max_upload_bytes,
             max_batch_tokens=settings.max_batch_tokens,
         )
+        self._warm_up = WarmUp(
+            backbone,
+            self._pipeline,
+            self._worker,
+            self._loader_pool,
+            max_tokens=settings.max_batch_tokens,
+            clock=clock,
+        )
+        self._warm_up_seconds = settings.warm_up_seconds
+        self._warming: asyncio.Task[None] | None = None
         self._lease_turn = asyncio.Lock()
         """Of requests that take several adapters which are not all in memory."""
         self._embedders: dict[Pooling, TaskAdapter] = {}
@@ -236,8 +248,22 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether requests can be answered. The store is not asked: adapters in memory outlive it."""
-        return self._worker.alive and not self._draining
+        """Whether requests can be answered, and what they take has been run. The store is not asked: adapters in memory
+        outlive it."""
+        return self._worker.alive and not self._draining and self._is_warm
+
+    @property
+    def _is_warm(self) -> bool:
+        return self._warming is None or (self._warming.done() and not _failed(self._warming))
+
+    def check_ready(self) -> None:
+        """Raises what keeps requests from being answered: ShuttingDown, DeviceStopped or WarmingUp."""
+        if self._draining or not (self._worker.alive or self.crashed):
+            raise ShuttingDown("the server is shutting down")
+        if self.crashed:
+            raise DeviceStopped("the device's thread has died; the server has to be restarted")
+        if not self._is_warm:
+            raise WarmingUp("the server is warming up")
 
     @property
     def crashed(self) -> bool:
@@ -273,10 +299,18 @@ class Engine:
         return self._worker.recent.newest_first(limit)
 
     def start(self) -> None:
-        """Starts the device's thread, and following the store's pins and the releases of adapters in quarantine."""
+        """Starts the device's thread, warming up, and following the store's pins and the releases of adapters in
+        quarantine."""
         self._worker.start()
         loop = asyncio.get_running_loop()
+        if self._warm_up_seconds:
+            self._warming = loop.create_task(self._warm_up.run(self._warm_up_seconds))
         self._following = [loop.create_task(self._pins.follow()), loop.create_task(self._follow_quarantined())]
+
+    async def warmed(self) -> None:
+        """Waits until it is warm. Raises BackboneError where the backbone cannot be run at all."""
+        if self._warming is not None:
+            await asyncio.shield(self._warming)
 
     def drain(self) -> None:
         """New requests get ShuttingDown from here on; those under way are answered."""
@@ -290,7 +324,7 @@ class Engine:
 
     def stop(self) -> None:
         """Ends every request that still waits, and all threads."""
-        for task in self._following:
+        for task in (*self._following, *([self._warming] if self._warming else [])):
             task.cancel()
         self._shadows.stop()
         self._worker.stop()
@@ -567,6 +601,10 @@ class Engine:
         """The bytes that it takes in memory."""
         async with self._residency.lease(name, version):
             return self._residency.nbytes(version)
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
 
 
 def _check_route(name: str, adapter: TaskAdapter, route: Route) -> None:

@@ -1,78 +1,191 @@
-"""What is compiled for each size of a product, compiled before requests need it.
+"""What a request takes is run before the server says that it is ready: nobody waits for what happens only once.
 
-On a CPU, in bfloat16, oneDNN compiles a product for each shape that has not been before: tens of milliseconds in which
-the batch waits. The backbone and joined adapters keep to few sizes (see adapters/joined.py), so all of them can be had
-beforehand, beside serving.
+That is kernels that are compiled or loaded when they are first run, workspaces, and threads. On a CPU, in bfloat16,
+oneDNN compiles a product for each shape that has not been before, a millisecond or more in which the batch waits; CUDA
+loads its kernels one by one. So small batches run through the very path that requests take: the bare backbone, a head
+of each task, each method that the backbone carries, and then the sizes that batches have, small ones first.
+
+The backbone and joined adapters keep to few sizes (see adapters/joined.py), so all of those are had. Other methods
+multiply as many rows as their texts have: each number of rows that has not been before still costs two products or so.
 """
 
-import threading
-from collections.abc import Callable, Iterator
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from dataclasses import replace
 from functools import partial
+from itertools import cycle, islice
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
 
+from server.adapters import METHODS
 from server.adapters.joined import JOINED_COLUMNS, MIN_SIZE, compiles, rounded_up
 from server.backbone.backbone import Backbone
+from server.core import BackboneSpec, Encoding, Priority, Terms
+from server.engine.pipeline import Job, Pipeline
+from server.engine.runner import Row
+from server.engine.worker import Worker
+from server.errors import AdapterdError, BackboneError, InvalidAdapter
+from server.logs import get_logger
+from server.tasks import TASKS
+from server.tasks.adapter import Blueprint, TaskAdapter
 
-LARGEST_ROWS = 512
-"""Rows of the largest product that is compiled beforehand. Batches are rarely larger, and take as long themselves."""
+log = get_logger("adapterd.warm-up")
+
+TEXTS = ("a", "adapterd runs this before anybody asks")
+
+LARGEST_TOKENS = 256
+"""Of the largest batch that is run beforehand. Larger ones are rarer, and take longer than what they compile: all
+sizes up to 512 tokens would cost every start one or two seconds more, and some 80 MB."""
 
 STEPS = 8
 """Sizes of a batch in each power of two, as the backbone rounds them."""
 
+RANK = 8
+"""Of the LoRAs that are run in each size."""
+
+WIDTHS = (MIN_SIZE, JOINED_COLUMNS)
+"""Columns of the products that LoRAs of small ranks are joined into."""
+
+TERMS = Terms(Priority.LOW, strict=True)
+"""Requests that come before the server is ready go first."""
+
+LABELS = (("no", "yes"), ())
+"""Of the adapters that are run: a task takes either some or none."""
+
 
 class WarmUp:
-    """A thread that ends when everything is compiled, or when it is stopped."""
+    """Runs everything once, beside whatever requests come meanwhile."""
 
-    def __init__(self, backbone: Backbone) -> None:
-        """Starts it."""
-        self._stopping = False
-        self._thread = threading.Thread(target=self._run, args=(products(backbone),), name="adapterd-warm-up")
-        self._thread.start()
+    def __init__(
+        self,
+        backbone: Backbone,
+        pipeline: Pipeline,
+        worker: Worker,
+        executor: Executor,
+        *,
+        max_tokens: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`executor` makes adapters; `max_tokens`: of a batch."""
+        self._backbone = backbone
+        self._pipeline = pipeline
+        self._worker = worker
+        self._executor = executor
+        self._max_tokens = max_tokens
+        self._clock = clock
 
-    def stop(self) -> None:
-        """Ends it after the product that it is at."""
-        self._stopping = True
-        self._thread.join()
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of the batches that are run: all that the backbone rounds to where products are compiled, else few."""
+        steps = STEPS if compiles(torch.empty(0, device=self._backbone.device, dtype=self._backbone.dtype)) else 1
+        largest = min(LARGEST_TOKENS, self._max_tokens)
+        return sorted({rounded_up(tokens, steps) for tokens in range(1, largest + 1)})
 
-    @torch.inference_mode()
-    def _run(self, products: Iterator[Callable[[], object]]) -> None:
-        for product in products:
-            if self._stopping:
-                return
-            product()
+    async def run(self, seconds: float) -> None:
+        """Takes no longer than this, but for the bare backbone: without it there is nothing to serve.
+
+        What fails is logged, since requests that take it will fail or be slower, and so is what there was no time for.
+        Raises BackboneError where the bare backbone fails.
+        """
+        started = self._clock()
+        await self._bare()
+        left = [*self._steps()]
+        total = 1 + len(left)
+        limit = asyncio.timeout(max(0.0, seconds - (self._clock() - started)))
+        try:
+            async with limit:
+                while left:
+                    await _tried(*left[0])
+                    del left[0]
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            log.warning(
+                "warm-up cut short: the first requests for the rest are slower", left=[name for name, _ in left]
+            )
+        log.info("warmed up", steps=total - len(left), seconds=round(self._clock() - started, 3))
+
+    async def _bare(self) -> None:
+        try:
+            await self._answer([await self._make("head_only", "embedding")])
+        except AdapterdError as error:
+            raise BackboneError(f"backbone {self._backbone.spec.name!r} cannot be run: {error.message}") from error
+
+    def _steps(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+        """What is run after that, and how to call it."""
+        for task in TASKS:
+            yield f"task {task}", partial(self._adapters, "head_only", task)
+        for method in METHODS:
+            yield f"method {method}", partial(self._adapters, method, "classification")
+        for tokens in self.sizes:
+            yield f"{tokens} tokens", partial(self._batches, tokens)
+
+    async def _adapters(self, method: str, task: str) -> None:
+        """One alone and, where they may share a forward, two at once; none where the backbone does not carry them."""
+        try:
+            one = await self._make(method, task)
+        except InvalidAdapter:
+            return
+        await self._answer([one])
+        if not one.weights.alone:
+            await self._answer([one, replace(one)])
+
+    async def _batches(self, tokens: int) -> None:
+        """Batches of so many tokens, with the products that joined adapters have."""
+        try:
+            adapter = await self._make("lora", "classification", r=RANK, target_modules="all-linear")
+        except InvalidAdapter:
+            adapter = await self._make("head_only", "classification")
+        for width in WIDTHS:
+            adapters = [replace(adapter) for _ in range(width // RANK)]
+            texts = self._texts(tokens, len(adapters))
+            rows = [Row(text, own) for text, own in zip(texts, cycle(adapters), strict=False)]
+            await asyncio.wrap_future(self._worker.submit(rows, terms=TERMS).future)
+
+    def _texts(self, tokens: int, at_least: int) -> list[Encoding]:
+        """Texts of so many tokens together, all of about the same length."""
+        [known] = self._backbone.tokenizer.encode([TEXTS[-1]], truncate=True)
+        count = max(at_least, -(-tokens // self._backbone.spec.max_tokens))
+        lengths = [tokens // count + (index < tokens % count) for index in range(count)]
+        return [Encoding(tuple(islice(cycle(known.ids), length)), (0,) * length, truncated=False) for length in lengths]
+
+    async def _answer(self, adapters: Sequence[TaskAdapter]) -> None:
+        """What a request for these adapters runs."""
+        task = adapters[0].task
+        jobs = [Job(adapter, task.options()) for adapter in adapters]
+        await self._pipeline.answer(jobs, [task.sample(text) for text in TEXTS], terms=TERMS)
+
+    async def _make(self, method: str, task: str, **options: Any) -> TaskAdapter:
+        """An adapter as it is before any training. Raises InvalidAdapter where the backbone does not carry it."""
+        return await asyncio.get_running_loop().run_in_executor(
+            self._executor, partial(_fresh, self._backbone, method, task, options)
+        )
 
 
-def products(backbone: Backbone) -> Iterator[Callable[[], object]]:
-    """Those of the backbone's linear layers and of low-rank adapters at them, small ones first; none where nothing is
-    compiled for its shape."""
-    if not compiles(torch.empty(0, device=backbone.device, dtype=backbone.dtype)):
-        return
-    layers = {
-        (layer.in_features, layer.out_features, layer.bias is None): layer
-        for layer in backbone.model.modules()
-        if isinstance(layer, nn.Linear)
-    }
-    sizes = sorted({rounded_up(rows, STEPS) for rows in range(1, LARGEST_ROWS + 1)})
-    for rows in sizes:
-        for layer in layers.values():
-            yield partial(_linear, layer, rows)
-        if rows == rounded_up(rows, steps=1):
-            for layer in layers.values():
-                for rank in (MIN_SIZE, JOINED_COLUMNS):
-                    yield partial(_low_rank, layer, rows, rank)
+async def _tried(name: str, step: Callable[[], Awaitable[None]]) -> None:
+    try:
+        await step()
+    except Exception as error:
+        reason = error.message if isinstance(error, AdapterdError) else repr(error)
+        log.error("warm-up failed: requests like this may fail, or be slower at first", step=name, error=reason)
 
 
-def _linear(layer: nn.Linear, rows: int) -> None:
-    F.linear(_zeros(layer, rows, layer.in_features), layer.weight, layer.bias)
+def _fresh(backbone: Backbone, method: str, task: str, options: dict[str, Any]) -> TaskAdapter:
+    spec = backbone.spec
+    if not spec.listed and "target_modules" in METHODS[method].Config.model_fields:
+        options = {"target_modules": "all-linear", **options}
+    config = METHODS[method].complete(options, spec)
+    labels = next(one for one in LABELS if _takes(task, one, spec))
+    blueprint = Blueprint.check(method=method, config=config, task=task, head={}, labels=labels, spec=spec)
+    return blueprint.bind(blueprint.init(backbone, torch.Generator().manual_seed(0)), backbone)
 
 
-def _low_rank(layer: nn.Linear, rows: int, rank: int) -> None:
-    low = F.linear(_zeros(layer, rows, layer.in_features), _zeros(layer, rank, layer.in_features))
-    _zeros(layer, rows, layer.out_features).addmm_(low, _zeros(layer, rank, layer.out_features))
-
-
-def _zeros(like: nn.Linear, rows: int, columns: int) -> torch.Tensor:
-    return like.weight.new_zeros(rows, columns)
+def _takes(task: str, labels: Sequence[str], spec: BackboneSpec) -> bool:
+    try:
+        TASKS[task].check(TASKS[task].Config(), labels, spec)
+    except InvalidAdapter as error:
+        return error.param != "labels"
+    return True

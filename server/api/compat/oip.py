@@ -21,7 +21,7 @@ from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import AnswerBody, ClassifyBody, EmbedBody, TagBody, TaskBody
 from server.core import AnswerSpan, Entity, Route
-from server.errors import InvalidRequest, ShuttingDown
+from server.errors import InvalidRequest
 
 
 class OipError(BaseModel):
@@ -189,8 +189,7 @@ async def live() -> dict[str, bool]:
 @router.get("/health/ready")
 async def ready(engine: EngineDep) -> dict[str, bool]:
     """Requests can be answered; 503 where they cannot."""
-    if not engine.ready:
-        raise ShuttingDown("the device's thread is not running")
+    engine.check_ready()
     return {"ready": True}
 
 

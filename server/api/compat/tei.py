@@ -19,7 +19,7 @@ from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Text, Texts
 from server.core import Activation, ClassifyOptions, EmbedOptions, Pooling, Route, TaskAnswer, TextInput
 from server.engine.engine import Engine
-from server.errors import InvalidRequest, ShuttingDown
+from server.errors import InvalidRequest
 from server.settings import Settings
 
 
@@ -181,9 +181,8 @@ async def health(named: NamedDep, engine: EngineDep) -> Response:
 
 
 def healthy(engine: Engine) -> Response:
-    """An empty answer. Raises ShuttingDown where requests cannot be answered."""
-    if not engine.ready:
-        raise ShuttingDown("the device's thread is not running")
+    """An empty answer. Raises what keeps requests from being answered."""
+    engine.check_ready()
     return Response()
 
 

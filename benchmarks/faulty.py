@@ -1,4 +1,4 @@
-"""A server of S3's protocol, in this process, that can be told which requests go wrong, and how."""
+"""A server of S3's protocol, in this process, that can be told which requests go wrong, and how. Tests use it too."""
 
 import io
 import os
@@ -73,6 +73,8 @@ class FaultyS3:
         self._server = make_server("127.0.0.1", 0, self._answer, threaded=True, request_handler=_Quiet)
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        self.injected: Counter[str] = Counter()
+        """Fault -> how many requests had it."""
         self.seen: Counter[str] = Counter()
         """`METHOD key` -> how many such requests came."""
         self.arrived = threading.Condition()
@@ -158,6 +160,8 @@ class FaultyS3:
         with self.arrived:
             self.seen[request] += 1
             rule = next((rule for rule in self._rules if rule.pattern.match(request) and rule.times != 0), None)
+            if rule is not None:
+                self.injected[rule.fault.value] += 1
             if rule is not None and rule.times is not None:
                 rule.times -= 1
             self.arrived.notify_all()
