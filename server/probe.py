@@ -1,7 +1,7 @@
 """Asks the server on this machine whether it is ready, as the image's health check does: `python -m server.probe`.
 
-`python -m server.probe /livez` asks whether it lives. Standard library only, and the few settings that matter are read from
-the environment here: it runs every few seconds, and reading them all takes ten times as long.
+`python -m server.probe /livez` asks whether it lives. Standard library only, and the few settings that matter are read
+from the environment here: it runs every few seconds, and reading them all takes ten times as long.
 """
 
 import http.client
@@ -18,8 +18,8 @@ LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 def ask(path: str, environment: Mapping[str, str]) -> int:
     """HTTP status of `path`, over TLS where the server has a certificate.
 
-    The certificate is not verified, since it is for another name than this one. Where clients have to show one, this shows
-    the server's own. Raises OSError or HTTPException where nobody answers.
+    The certificate is not verified, since it is for another name than this one. Where clients have to show one, this
+    shows the server's own. Raises OSError or HTTPException where nobody answers.
     """
     host = environment.get("ADAPTERD_HOST", "127.0.0.1")
     host, port = LOOPBACK.get(host, host), int(environment.get("ADAPTERD_PORT", "8000"))

@@ -1,7 +1,7 @@
 """Runs inside the image, as its user, with the standard library only: `deploy/image/check` starts it.
 
-The server starts, is healthy, classifies a text with the backbone and the adapters that the image brings, and ends when it is
-told to. Its user can write to nothing but the store and folders for temporary files, and there are no compilers.
+The server starts, is healthy, classifies a text with the backbone and the adapters that the image brings, and ends when
+it is told to. Its user can write to nothing but the store and folders for temporary files, and there are no compilers.
 """
 
 import json
@@ -37,12 +37,14 @@ def writable() -> set[str]:
 
 
 def free_port() -> int:
+    """One that nobody listens to: the machine's ports may be this container's as well."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
 def classify(port: int, adapter: str, text: str) -> object:
+    """The server's answer. Raises HTTPError for any but 200."""
     body = json.dumps({"adapter": adapter, "inputs": text}).encode()
     request = urllib.request.Request(
         f"http://127.0.0.1:{port}/classify", body, headers={"content-type": "application/json"}
@@ -52,6 +54,7 @@ def classify(port: int, adapter: str, text: str) -> object:
 
 
 def main() -> None:
+    """Raises AssertionError for what is not as it should be."""
     assert os.getuid() != 0, "it runs as root"
     assert writable() <= ANYBODYS, f"it can write to {sorted(writable() - ANYBODYS)}"
     there = [name for name in ("cc", "gcc", "g++", "clang", "make") if shutil.which(name)]
