@@ -10,6 +10,7 @@ import ssl
 import sys
 from collections.abc import Mapping
 
+READY = "/readyz"
 TIMEOUT_SECONDS = 2.0
 LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 """Where one that listens to all is asked."""
@@ -43,7 +44,7 @@ def ask(path: str, environment: Mapping[str, str]) -> int:
 
 def main(arguments: list[str], environment: Mapping[str, str]) -> int:
     """Exit status: 0 for an answer of 200, else 1 and the reason on standard error."""
-    path = arguments[0] if arguments else "/readyz"
+    path = arguments[0] if arguments else READY
     try:
         status = ask(path, environment)
     except (OSError, http.client.HTTPException) as error:
