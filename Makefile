@@ -4,11 +4,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
-IMAGE ?= adapterd:latest
 FUZZ_CASES ?= 200000
 SOAK_SECONDS ?= 1800
 
-.PHONY: install run test soak fuzz lint format bench image clean
+.PHONY: install run test soak fuzz lint format bench image check-image clean
 
 install: $(VENV)/.dev
 
@@ -39,8 +38,13 @@ fuzz: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine
 
+# adapterd:VERSION and adapterd:latest with docker, podman or buildah; `make image DEVICE=cuda` for GPUs.
 image:
-	docker build --tag $(IMAGE) .
+	deploy/image/build
+
+# Starts the server in it.
+check-image:
+	deploy/image/check
 
 clean:
 	rm -rf $(VENV)

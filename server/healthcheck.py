@@ -15,21 +15,25 @@ THIS_MACHINE = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}
 
 def trouble(settings: Settings) -> str | None:
     """Why the server that these settings start on this machine cannot answer requests; None: it can."""
-    connection = _connection(settings)
+    try:
+        connection = _connection(settings)
+    except OSError as error:
+        return f"ssl_certfile or ssl_keyfile cannot be used: {error}"
     try:
         connection.request("GET", PATH)
         status = connection.getresponse().status
     except (OSError, HTTPException) as error:
-        reason = f"{connection.host}:{connection.port} does not answer: {error}"
-        if settings.ssl_ca_certs is not None and settings.metrics_port is None:
-            reason += ". It asks clients for a certificate; set ADAPTERD_METRICS_PORT, where probes need none"
-        return reason
+        return f"{connection.host}:{connection.port} does not answer: {error or type(error).__name__}"
     finally:
         connection.close()
     return None if status == 200 else f"{PATH} says {status}"
 
 
 def _connection(settings: Settings) -> HTTPConnection:
+    """To the second port if there is one. Where clients have to show a certificate, this shows the server's own.
+
+    Raises OSError for a certificate that is not there or not what it should be.
+    """
     if settings.metrics_port is not None:
         return HTTPConnection(_reachable(settings.metrics_address), settings.metrics_port, timeout=TIMEOUT_SECONDS)
     host = _reachable(settings.host)
@@ -39,6 +43,11 @@ def _connection(settings: Settings) -> HTTPConnection:
     unchecked = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     unchecked.check_hostname = False
     unchecked.verify_mode = ssl.CERT_NONE
+    if settings.ssl_ca_certs is not None:
+        password = settings.ssl_keyfile_password
+        unchecked.load_cert_chain(
+            settings.ssl_certfile, settings.ssl_keyfile, password.get_secret_value() if password else None
+        )
     return HTTPSConnection(host, settings.port, timeout=TIMEOUT_SECONDS, context=unchecked)
 
 

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sysconfig
 from collections.abc import Iterator
@@ -16,7 +17,9 @@ import pytest
 import yaml
 
 import server
+from server import healthcheck
 from server.api.access.gate import TAKES
+from server.api.access.keys import KeyEntry
 from server.api.access.principal import Scope
 from server.metrics import Metrics
 from server.serving import LAST_ANSWERS_SECONDS
@@ -196,6 +199,17 @@ def test_few_reach_the_port_that_asks_for_no_key(name: str, let_in: list[Object]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
+def test_a_slow_start_is_not_a_death(name: str) -> None:
+    """The startup probe waits three minutes for the backbone; the liveness probe is more patient than the other."""
+    one = container(overlay(name))
+    starting, living, ready = (one[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness"))
+    assert starting["periodSeconds"] * starting["failureThreshold"] >= 180
+    assert living["periodSeconds"] * living["failureThreshold"] > ready["periodSeconds"] * ready["failureThreshold"]
+    for asked in (starting, living, ready):
+        assert asked["timeoutSeconds"] <= asked["periodSeconds"]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_the_server_has_time_to_end(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objects = overlay(name)
     read = read_settings(settings(objects), monkeypatch)
@@ -289,6 +303,18 @@ def test_images_are_pinned_and_secrets_are_elsewhere(name: str) -> None:
                 assert "value" not in variable
     assert [one for one in overlay(name) if one["kind"] == "Secret"] == []
     assert not [key for key in settings(overlay(name)) if re.search("KEY$|SECRET|PASSWORD|TOKEN$", key)]
+
+
+def test_the_example_has_the_secrets_that_are_asked_for() -> None:
+    secrets = list(yaml.safe_load_all((KUBERNETES / "secrets.example.yaml").read_text()))
+    for one in secrets:
+        kubernetes_validate.validate(one, OLDEST, strict=True)
+    values = {named(one): one["stringData"] for one in secrets}
+    assert set(values) == set(re.findall(r"create secret generic (\S+)", DEPLOY_PAGE))
+    entries = [KeyEntry.model_validate(entry) for entry in json.loads(values["adapterd-api-keys"]["keys.json"])]
+    assert {scope for entry in entries for scope in entry.scopes} == set(Scope)
+    # Nobody can know a secret with these digests.
+    assert {entry.sha256 for entry in entries} == {"0" * 64}
 
 
 def test_the_image_tag_is_the_version() -> None:
@@ -492,6 +518,17 @@ def test_the_runbook_has_no_alerts_of_the_past() -> None:
     assert {name.lower() for name in re.findall(r"`ADAPTERD_([A-Z_]+)`", text)} <= set(Settings.model_fields)
 
 
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="no promtool here")
+def test_prometheus_takes_its_configuration() -> None:
+    done = subprocess.run(
+        ["promtool", "check", "config", str(DEPLOY / "prometheus" / "prometheus.yml")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_operator_gets_the_same_rules() -> None:
     assert only(overlay("monitoring"), "PrometheusRule")["spec"] == RULES
 
@@ -593,14 +630,16 @@ def test_every_stage_has_the_base_image() -> None:
     assert re.findall(r"^ARG BASE_IMAGE=(\S+)", DOCKERFILE, re.M) == ["python:3.11-slim-bookworm"]
 
 
-def test_the_image_names_its_version_and_extras() -> None:
+def test_the_image_names_its_version_and_its_packages() -> None:
     assert f"ARG VERSION={server.__version__}\n" in DOCKERFILE
-    assert "--constraint constraints.txt" in DOCKERFILE
-    extras = re.findall(r"^ARG EXTRAS=(\S+)", DOCKERFILE, re.M)
-    assert extras == ["default-backbone,jwt"]
+    assert DOCKERFILE.count("--constraint constraints.txt") == 3
     project = (ROOT / "pyproject.toml").read_text()
-    for extra in extras[0].split(","):
+    [extras] = re.findall(r"^ARG EXTRAS=(\S+)", DOCKERFILE, re.M)
+    for extra in extras.split(","):
         assert re.search(rf"^{extra} = ", project, re.M)
+    [backbone] = re.findall(r"^ARG BACKBONE_PACKAGE=(\S+)", DOCKERFILE, re.M)
+    assert backbone == Settings.model_fields["backbone"].default
+    assert re.search(rf"^{backbone}==", (ROOT / "constraints.txt").read_text(), re.M)
 
 
 def test_the_images_environment_is_the_servers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,9 +651,11 @@ def test_the_images_environment_is_the_servers(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_health_check_asks_a_route_that_needs_no_key() -> None:
-    [command] = re.findall(r"^HEALTHCHECK.*\\\n\s+CMD (\[.*\])$", DOCKERFILE, re.M)
-    [path] = re.findall(r"'(/\w+)'", json.loads(command)[-1])
-    assert f"GET {path}" in TAKES[None]
+    [command] = re.findall(r"^HEALTHCHECK .*CMD (\[.*\])$", DOCKERFILE, re.M)
+    assert json.loads(command) == ["adapterd", "healthcheck"]
+    assert f"GET {healthcheck.PATH}" in TAKES[None]
+    [seconds] = re.findall(r"^HEALTHCHECK .*--timeout=(\d+)s", DOCKERFILE, re.M)
+    assert int(seconds) > healthcheck.TIMEOUT_SECONDS
 
 
 def test_the_command_is_run_without_a_shell() -> None:

@@ -51,6 +51,7 @@ def certificate(folder: Path) -> Path:
         .serial_number(x509.random_serial_number())
         .not_valid_before(now - timedelta(days=1))
         .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
     file = folder / "certificate.pem"
@@ -147,8 +148,8 @@ def test_probes_need_no_certificate_and_outlive_the_drain(bert: Backbone, tmp_pa
 
 
 @contextmanager
-def answering(status: int, pem: Path | None = None) -> Iterator[int]:
-    """A server that says so to /readyz, over TLS with a certificate. Its port."""
+def answering(status: int, pem: Path | None = None, *, mutual: bool = False) -> Iterator[int]:
+    """A server that says so to /readyz, over TLS with a certificate, perhaps to clients that show it too. Its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -162,6 +163,9 @@ def answering(status: int, pem: Path | None = None) -> Iterator[int]:
         if pem is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(pem)
+            if mutual:
+                context.verify_mode = ssl.CERT_REQUIRED
+                context.load_verify_locations(pem)
             server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -182,6 +186,11 @@ def test_the_health_check_speaks_as_the_server_does(tmp_path: Path) -> None:
     with answering(200, pem) as port:
         assert trouble(Settings(port=port, ssl_certfile=str(pem))) is None
         assert "does not answer" in (trouble(Settings(port=port)) or "")
+    with answering(200, pem, mutual=True) as port:
+        assert trouble(Settings(port=port, ssl_certfile=str(pem), ssl_ca_certs=str(pem))) is None
+        assert "does not answer" in (trouble(Settings(port=port, ssl_certfile=str(pem))) or "")
+    gone = str(tmp_path / "gone")
+    assert "ssl_certfile" in (trouble(Settings(ssl_certfile=gone, ssl_ca_certs=gone)) or "")
     with answering(503) as port:
         assert trouble(Settings(port=port)) == "/readyz says 503"
 
