@@ -204,6 +204,7 @@ class Engine:
         self._following: asyncio.Task[None] | None = None
         self._limits: set[asyncio.Timeout] = set()
         """Of the requests under way."""
+        self._leaving = False
         self._draining = False
         self._cut_off = False
 
@@ -229,8 +230,8 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether requests can be answered. The store is not asked: adapters in memory outlive it."""
-        return self._worker.alive and not self._draining
+        """Whether requests should come here. The store is not asked: adapters in memory outlive it."""
+        return self._worker.alive and not self._leaving
 
     @property
     def crashed(self) -> bool:
@@ -270,13 +271,17 @@ class Engine:
         self._worker.start()
         self._following = asyncio.get_running_loop().create_task(self._pins.follow())
 
+    def leave(self) -> None:
+        """Not ready any more, but new requests are still answered: who sends them has yet to notice."""
+        self._leaving = True
+
     def drain(self) -> None:
         """New requests get ShuttingDown from here on; those under way are answered."""
-        self._draining = True
+        self._leaving = self._draining = True
 
     def cut_off(self) -> None:
         """Requests under way get ShuttingDown as well."""
-        self._draining = self._cut_off = True
+        self._leaving = self._draining = self._cut_off = True
         for limit in self._limits:
             limit.reschedule(asyncio.get_running_loop().time())
 
