@@ -12,7 +12,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +26,6 @@ SERVICE = "adapterd-pods.adapterd.svc.cluster.local"
 ROUTING_HEADER = "X-Adapter"
 
 
-@dataclass(frozen=True, slots=True)
-class Routed:
-    """A line of the proxy's log."""
-
-    id: str
-    """X-Request-ID, as the client sent it."""
-    upstream: str
-    """Host and port of the server that was asked last; empty where none was."""
-    status: int
-
-
 class Proxy:
     """A running Caddy."""
 
@@ -45,14 +33,14 @@ class Proxy:
         self.port = port
         self._log = log
 
-    def routed(self) -> list[Routed]:
-        """Every request that it has answered and that has an id."""
+    def upstreams(self) -> dict[int, str]:
+        """Of every request with a number: host and port of the server that was asked last, empty where none was."""
         lines = (json.loads(line) for line in self._log.read_text().splitlines() if '"http.log.access' in line)
-        return [
-            Routed(ids[0], line.get("upstream") or "", line["status"])
+        return {
+            int(numbers[0]): line.get("upstream") or ""
             for line in lines
-            if (ids := line["request"]["headers"].get("X-Request-Id"))
-        ]
+            if (numbers := line["request"]["headers"].get("X-Request-Id"))
+        }
 
 
 @contextmanager
@@ -85,7 +73,7 @@ def caddy() -> str:
 
 
 def routed_request(adapter: str, inputs: bytes, number: int, *, named: bool = True) -> bytes:
-    """POST /classify for a text that is JSON already, with an id; `named`: with the header that proxies route by."""
+    """POST /classify for a text that is JSON already, its number in X-Request-ID; `named`: with the header to route."""
     body = b'{"adapter": "%s", "inputs": %s}' % (adapter.encode(), inputs)
     request = http_request("POST", "/classify", body)
     headers = f"\r\nx-request-id: {number}" + (f"\r\n{ROUTING_HEADER}: {adapter}" if named else "")

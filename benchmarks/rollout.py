@@ -99,7 +99,7 @@ class Fleet:
         for server in self.servers:
             server.kill()
 
-    def _begin(self, **settings: object) -> Server:
+    def _begin(self, **settings: Any) -> Server:
         server = Server(self._store, self.log, log_level="warning", **settings)
         self.servers.append(server)
         return server
@@ -263,9 +263,9 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--load", type=float, default=0.3, help="share of what both servers answer when saturated")
     parser.add_argument("--calm-seconds", type=float, default=5.0, help="before the rollouts, to compare with")
-    parser.add_argument("--prestop-seconds", type=float, default=4.0)
+    parser.add_argument("--prestop-seconds", type=float, default=3.0)
     parser.add_argument("--propagation-seconds", type=float, default=1.0)
-    parser.add_argument("--delay-seconds", type=float, default=4.0)
+    parser.add_argument("--delay-seconds", type=float, default=3.5)
     options = parser.parse_args()
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as name:

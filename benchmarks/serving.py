@@ -55,7 +55,7 @@ def say(words: str) -> None:
 class Server:
     """A process that runs `adapterd serve`."""
 
-    def __init__(self, store: Path | str, log: Path, *, host: str = HOST, port: int = 0, **settings: object) -> None:
+    def __init__(self, store: Path | str, log: Path, *, host: str = HOST, port: int = 0, **settings: Any) -> None:
         """Starts it, with settings by their names and, without a `port`, on a free one; its log goes to a file."""
         self.host = host
         self.port = port or free_port(host)
@@ -124,7 +124,7 @@ class Server:
 
 
 @contextmanager
-def serve(store: Path | str, log: Path, **settings: object) -> Iterator[Server]:
+def serve(store: Path | str, log: Path, **settings: Any) -> Iterator[Server]:
     """A server over a store that is ready, with settings by their names; it is gone at the end."""
     server = Server(store, log, **settings)
     try:
