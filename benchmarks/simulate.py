@@ -16,8 +16,8 @@ was asked for last, and that is drawn.
 `random`      any replica.
 `two`         the one with fewer requests under way, of two that are drawn at random.
 `hash`        the adapter's own replica, by a consistent hash.
-`bounded`     the same, unless that has `--bound` times its share of all requests under way: then the next one on the
-              ring that has not (Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", SODA 2018).
+`bounded`     the same, unless that has `--bound` times its share of all requests under way: then the next one that
+              has not (Mirrokni, Thorup and Zadimoghaddam, "Consistent Hashing with Bounded Loads", SODA 2018).
 `round_robin` all in turn; for validation.
 
 `replicas`        hit rate, p50, p99, and the price of a million requests, for each number of replicas and each routing,
@@ -406,9 +406,8 @@ async def _measure(server: Server, names: list[str]) -> dict[str, Any]:
     warm = cycle(names[: MEASURED_RESIDENT // 2])
     clients = Clients(server.port, MEASURED_CLIENTS, lambda: draw(next(warm)))
     await clients.run(MEASURE_SECONDS)
-    before = server.counts()
     saturated = await clients.run(MEASURE_SECONDS)
-    tokens = server.counts()["adapterd_tokens_total"] - before["adapterd_tokens_total"]
+    tokens = sum(json.loads(answer.body)["usage"]["tokens"] for answer in saturated.answers)
     times = await service_times.measure(
         [server], server.port, names, MEASURED_RESIDENT, saturated.throughput / 2, MEASURE_SECONDS, draw
     )
