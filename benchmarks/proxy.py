@@ -88,24 +88,34 @@ class Endpoints(BaseResolver):
 
     def __init__(self) -> None:
         self._addresses: frozenset[str] = frozenset()
-        self._turn = threading.Lock()
+        self._changed = threading.Condition()
+        self._asked = 0
 
     def add(self, address: str) -> None:
         """A pod is ready."""
-        with self._turn:
+        with self._changed:
             self._addresses |= {address}
 
     def remove(self, address: str) -> None:
         """A pod is told to go."""
-        with self._turn:
+        with self._changed:
             self._addresses -= {address}
+
+    def wait_until_asked(self) -> None:
+        """Until somebody has heard of what has been added and removed."""
+        with self._changed:
+            asked = self._asked
+            self._changed.wait_for(lambda: self._asked > asked)
 
     def resolve(self, request: Any, handler: DNSHandler) -> Any:
         """Called by the server."""
         reply = request.reply()
         if str(request.q.qname).rstrip(".") == SERVICE and request.q.qtype == QTYPE.A:
-            for address in sorted(self._addresses):
-                reply.add_answer(RR(SERVICE, QTYPE.A, rdata=A(address), ttl=0))
+            with self._changed:
+                for address in sorted(self._addresses):
+                    reply.add_answer(RR(SERVICE, QTYPE.A, rdata=A(address), ttl=0))
+                self._asked += 1
+                self._changed.notify_all()
         return reply
 
     @contextmanager

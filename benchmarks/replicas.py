@@ -252,6 +252,10 @@ async def kill(replicas: Replicas, front: Proxy, start: Callable[[int], Server],
         moved += sum(one.status == 200 and one.sent > gone and one.key.adapter in owned for one in answers)
         replicas.checker.check([one for one in answers if one.status == 200])
         say(f"kill {turn + 1} of {kills}: {len(there)} under way, {len(failures)} failed")
+        for one in answers:
+            if one.key in failures - there:
+                late = (one.sent - gone) * 1000
+                say(f"failed elsewhere: {one.status} from {upstream[one.key.number]}, sent {late:.1f} ms after the end")
         replicas.servers[number] = start(replicas.servers[number].port)
         await asyncio.to_thread(replicas.servers[number].wait_ready)
         await asyncio.sleep(CHECK_SECONDS)

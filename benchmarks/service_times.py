@@ -21,6 +21,8 @@ POLL_SECONDS = 0.3
 """Servers remember their last fifty batches."""
 QUANTILES = 51
 PARALLEL_CLIENTS = 8
+ONE_STRANGER_IN = 4
+"""Requests at the rate, for an adapter that is not in memory: the others tell how long it takes otherwise."""
 Draw = Callable[[str], tuple[Any, bytes]]
 """A request for an adapter, and what to know it by."""
 
@@ -78,8 +80,8 @@ class Watch:
 async def measure(
     servers: list[Server], port: int, names: list[str], resident: int, rate: float, seconds: float, draw: Draw
 ) -> dict[str, Any]:
-    """Measures servers behind a port that share their requests evenly: so long at a rate, and as long for each of two
-    loads more. `resident`: how many of the adapters fit in memory.
+    """Measures servers behind a port that share their requests evenly: twice so long at a rate, and once saturated.
+    `resident`: how many of the adapters fit in memory.
 
     Returns milliseconds: `batch_base_ms` and `batch_token_ms`; `batch_ratios`, quantiles of what batches took over what
     these two say; `overhead_ms` and `load_ms`, quantiles; and `parallel_loads`, how many loads run at once.
@@ -94,10 +96,14 @@ async def measure(
     await busy.during(Clients(port, PARALLEL_CLIENTS * len(servers), lambda: draw(next(known))).run(seconds / 2))
     base, token = _fit([*watch.batches, *busy.batches])
     overhead = _overhead(paced.answers, watch.batches)
-    strangers = cycle(names)
-    hit_ms = statistics.median(answer.seconds for answer in paced.answers) * 1000
-    alone = await Clients(port, 1, lambda: draw(next(strangers))).run(seconds / 2)
-    loads = [max(0.0, answer.seconds * 1000 - hit_ms) for answer in alone.answers]
+    strangers = cycle(names[resident // 2 :])
+    turns = cycle([known] * (ONE_STRANGER_IN - 1) + [strangers])
+    arrivals = Arrivals(port, lambda: draw(next(next(turns))))
+    mixed = (await arrivals.run(seconds, rate)).answers
+    arrivals.close()
+    warm_names = set(warm)
+    hit_ms = statistics.median(one.seconds for one in mixed if one.key.adapter in warm_names) * 1000
+    loads = [max(0.0, one.seconds * 1000 - hit_ms) for one in mixed if one.key.adapter not in warm_names]
     together = await Clients(port, PARALLEL_CLIENTS * len(servers), lambda: draw(next(strangers))).run(seconds / 2)
     parallel = together.throughput / len(servers) * statistics.fmean(loads) / 1000
     ratios = [batch.seconds * 1000 / (base + token * batch.tokens) for batch in watch.batches]

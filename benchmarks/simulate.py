@@ -363,7 +363,7 @@ def validate(measured: dict[str, Any]) -> dict[str, Any]:
             measured["rate"],
             routing,
             LEAST_REQUESTS,
-            owners=measured["owners"],
+            owners=[rank % measured["servers"] if own < 0 else own for rank, own in enumerate(measured["owners"])],
         )
         outcome, real = Simulation(scene).run(), measured[routing]
         figures[routing] = {

@@ -99,13 +99,24 @@ def serve(output: str, arguments: list[str], environment: dict[str, str]) -> Non
 class Server:
     """A process that serves."""
 
-    def __init__(self, folder: Path, store: str, backbone: str, **settings: str) -> None:
-        """Starts it; `folder` is for its output."""
+    def __init__(self, folder: Path, store: str, backbone: str, *, port: int = 0, **settings: str) -> None:
+        """Starts it, on a free port where none is given; `folder` is for its output."""
         clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
         options = {f"ADAPTERD_{name.upper()}": value for name, value in settings.items()}
         self._output = folder / "output.txt"
         self._output.unlink(missing_ok=True)
-        arguments = ["--port", "0", "--store", store, "--backbone", backbone, "--device", "cpu", "--dtype", "float32"]
+        arguments = [
+            "--port",
+            str(port),
+            "--store",
+            store,
+            "--backbone",
+            backbone,
+            "--device",
+            "cpu",
+            "--dtype",
+            "float32",
+        ]
         self.process = start(serve, str(self._output), arguments, clean | {"HF_HUB_OFFLINE": "1"} | options)
         self._client: httpx.Client | None = None
 
@@ -134,9 +145,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, store: str, backbone: str, **settings: str) -> Iterator[Server]:
+def serving(folder: Path, store: str, backbone: str, *, port: int = 0, **settings: str) -> Iterator[Server]:
     """A server that is killed in the end."""
-    server = Server(folder, store, backbone, **settings)
+    server = Server(folder, store, backbone, port=port, **settings)
     try:
         yield server
     finally:
