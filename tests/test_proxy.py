@@ -4,6 +4,7 @@ being answered when it was killed."""
 import json
 import os
 import signal
+import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -15,7 +16,9 @@ from typing import Any, NamedTuple
 
 import children
 import httpx
+import kubernetes_validate
 import pytest
+import yaml
 from helpers import LABELS, make_artifact, make_blueprint, random_tensors
 
 from benchmarks.proxy import FILES, ROUTING_HEADER, SERVICE, Endpoints, Proxy, caddy, proxy
@@ -231,6 +234,37 @@ def test_an_adapter_has_its_server_and_who_names_none_asks_all(place: Place, sta
     owners = {name: {upstreams[int(number)] for number in asked} for name, asked in named.items()}
     assert all(len(own) == 1 for own in owners.values())
     assert {upstreams[int(number)] for number in unnamed} == set(map(address, servers))
+
+
+def test_a_connection_without_requests_is_kept_as_long_as_the_setting_says(
+    place: Place, stack: ExitStack, tmp_path: Path
+) -> None:
+    server = start(stack, place, tmp_path, keep_alive_seconds="1")
+    host, _, port = address(server).partition(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:  # less than the default
+        connection.sendall(b"GET /livez HTTP/1.1\r\nhost: any\r\n\r\n")
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        while connection.recv(4096):
+            pass
+
+
+def test_the_proxy_in_a_cluster_finds_the_pods() -> None:
+    service = yaml.safe_load((FILES / "service.yaml").read_text())
+    kubernetes_validate.validate(service, "1.30", strict=True)
+    deployment = yaml.safe_load((FILES.parent / "kubernetes" / "base" / "deployment.yaml").read_text())
+    pod = deployment["spec"]["template"]
+    [container] = pod["spec"]["containers"]
+    [port] = container["ports"]
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
+    assert service["spec"]["ports"] == [
+        {"name": port["name"], "port": port["containerPort"], "targetPort": port["name"]}
+    ]
+    assert SERVICE.partition(".")[0] == service["metadata"]["name"]
+    assert (
+        f"{{$ADAPTERD_SERVICE:{SERVICE}}} {{$ADAPTERD_PORT:{port['containerPort']}}}"
+        in (FILES / "kubernetes.Caddyfile").read_text()
+    )
 
 
 @pytest.mark.parametrize("file", ["Caddyfile", "kubernetes.Caddyfile"])
