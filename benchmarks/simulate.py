@@ -34,7 +34,7 @@ import math
 import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -311,6 +311,7 @@ def simulate(times: Times, options: argparse.Namespace, replicas: int, rate: flo
 def tables(measured: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a service, by the number of replicas and the routing."""
     times, saturated = Times.of(measured["times"]), measured["saturated_rps"]
+    times = replace(times, load_ms=[value + options.store_ms for value in times.load_ms])
     grown: dict[str, Any] = {}
     for replicas in options.replicas:
         rate = options.load * saturated * replicas
@@ -430,8 +431,11 @@ def main() -> None:
     parser.add_argument("--resident", type=int, default=1000, help="adapters that fit in a replica's memory")
     parser.add_argument("--load", type=float, default=0.6, help="share of what a replica answers, all in memory")
     parser.add_argument("--rate", type=float, default=10_000.0, help="requests a second, for what is needed")
-    parser.add_argument("--p99-ms", type=float, default=50.0, help="target, for what is needed")
+    parser.add_argument("--p99-ms", type=float, default=75.0, help="target, for what is needed")
     parser.add_argument("--price", type=float, default=0.10, help="of a replica for an hour")
+    parser.add_argument(
+        "--store-ms", type=float, default=0.0, help="more of each load: a store that is not a folder here"
+    )
     parser.add_argument("--bound", type=float, default=1.25)
     parser.add_argument("--max-batch-tokens", type=int, default=2048)
     options = parser.parse_args()

@@ -66,4 +66,3 @@ def test_a_hot_adapter_is_shared_where_loads_are_bounded() -> None:
     hashed, bounded, two = (Simulation(replace(scene, routing=one)).run() for one in ("hash", "bounded", "two"))
     assert hashed.p99_ms > 10 * bounded.p99_ms
     assert bounded.p99_ms < 3 * two.p99_ms
-
