@@ -34,7 +34,7 @@ import math
 import tempfile
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import count, cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,8 @@ class Scene:
     median_tokens: float = 15.0
     owners: Sequence[int] | None = None
     """The replica of each adapter, the most popular one first; drawn at random otherwise."""
+    store_ms: float = 0.0
+    """More of each load, spent waiting for the store: any number at once."""
     seed: int = 0
 
 
@@ -190,8 +192,11 @@ class Simulation:
             replica.loading[adapter].append(request)
         else:
             replica.loading[adapter] = [request]
-            replica.to_load.append(adapter)
-            self._start_loads(now, number)
+            self._at(now + self._scene.store_ms, self._fetched, number, adapter)
+
+    def _fetched(self, now: float, number: int, adapter: int) -> None:
+        self._replicas[number].to_load.append(adapter)
+        self._start_loads(now, number)
 
     def _start_loads(self, now: float, number: int) -> None:
         replica = self._replicas[number]
@@ -293,7 +298,6 @@ class Simulation:
 
 def simulate(times: Times, options: argparse.Namespace, replicas: int, rate: float, routing: str) -> Outcome:
     """So many replicas at a rate of requests a second."""
-    requests = max(LEAST_REQUESTS, REQUESTS_EACH * replicas)
     scene = Scene(
         times,
         replicas,
@@ -301,9 +305,10 @@ def simulate(times: Times, options: argparse.Namespace, replicas: int, rate: flo
         options.resident,
         rate,
         routing,
-        requests,
-        options.max_batch_tokens,
-        options.bound,
+        requests=max(LEAST_REQUESTS, REQUESTS_EACH * replicas),
+        max_batch_tokens=options.max_batch_tokens,
+        bound=options.bound,
+        store_ms=options.store_ms,
     )
     return Simulation(scene).run()
 
@@ -311,7 +316,6 @@ def simulate(times: Times, options: argparse.Namespace, replicas: int, rate: flo
 def tables(measured: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
     """The figures of a service, by the number of replicas and the routing."""
     times, saturated = Times.of(measured["times"]), measured["saturated_rps"]
-    times = replace(times, load_ms=[value + options.store_ms for value in times.load_ms])
     grown: dict[str, Any] = {}
     for replicas in options.replicas:
         rate = options.load * saturated * replicas
