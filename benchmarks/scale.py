@@ -31,7 +31,7 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,8 +186,10 @@ def zipf(names: list[str], seed: int) -> Iterator[str]:
 class Answers:
     """Counts answers that failed and answers that are wrong, and says which the first were."""
 
-    def __init__(self, versions: dict[str, str]) -> None:
+    def __init__(self, versions: dict[str, str], adapter_of: Callable[[Any], str] = str) -> None:
+        """`adapter_of` tells the adapter from what a request is known by."""
         self._versions = versions
+        self._adapter_of = adapter_of
         self.requests = self.failed = self.wrong = 0
 
     def check(self, answers: list[Answered]) -> None:
@@ -203,7 +205,7 @@ class Answers:
 
     def _is_right(self, answer: Answered) -> bool:
         body = json.loads(answer.body)
-        name = answer.key
+        name = self._adapter_of(answer.key)
         labels = {one["label"] for prediction in body["predictions"] for one in prediction}
         return bool(
             (body["adapter"], body["version"]) == (name, self._versions[name])

@@ -53,13 +53,52 @@ def say(words: str) -> None:
 
 
 class Server:
-    """A running `adapterd serve`."""
+    """A process that runs `adapterd serve`."""
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, ready_seconds: float) -> None:
-        self._process = process
-        self.port = port
-        self.ready_seconds = ready_seconds
+    def __init__(self, store: Path | str, log: Path, *, host: str = HOST, port: int = 0, **settings: Any) -> None:
+        """Starts it, with settings by their names and, without a `port`, on a free one; its log goes to a file."""
+        self.host = host
+        self.port = port or free_port(host)
+        self.ready_seconds = math.nan
         """From its start to its first 200 on /readyz."""
+        self._log = log
+        environment = os.environ | {f"ADAPTERD_{name.upper()}": str(value) for name, value in settings.items()}
+        command = [sys.executable, "-m", "server", "serve", "--host", host, "--port", str(self.port)]
+        with log.open("ab") as output:
+            self._started = time.perf_counter()
+            self._process = subprocess.Popen(
+                [*command, "--store", str(store), "--backbone", BACKBONE], env=environment, stdout=output, stderr=output
+            )
+
+    @property
+    def address(self) -> str:
+        """Host and port."""
+        return f"{self.host}:{self.port}"
+
+    def wait_ready(self, poll_seconds: float = 0.02) -> None:
+        """Until /readyz says 200."""
+        while not answers_ok(f"http://{self.address}/readyz"):
+            if self._process.poll() is not None or time.perf_counter() - self._started > START_SECONDS:
+                raise RuntimeError(f"the server did not start:\n{self._log.read_text()[-3000:]}")
+            time.sleep(poll_seconds)
+        self.ready_seconds = time.perf_counter() - self._started
+
+    def terminate(self) -> None:
+        """SIGTERM: it ends when what it has accepted is answered."""
+        self._process.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL; returns when it is gone."""
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        """SIGTERM, and SIGKILL where that does not end it. Returns when it is gone."""
+        self._process.terminate()
+        try:
+            self._process.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
 
     def memory(self, field: str = "VmRSS") -> int:
         """Bytes: VmRSS, what it has now, or VmHWM, the most since `forget_peak`."""
@@ -78,46 +117,35 @@ class Server:
 
     def counts(self) -> dict[str, float]:
         """Its series without those of single adapters: name, and what tells it from others of the name -> value."""
-        with urlopen(f"http://{HOST}:{self.port}/metrics", timeout=60) as answer:
+        with urlopen(f"http://{self.address}/metrics", timeout=60) as answer:
             families = text_string_to_metric_families(answer.read().decode())
         samples = [sample for family in families for sample in family.samples if "adapter" not in sample.labels]
         return {"/".join((sample.name, *sample.labels.values())): sample.value for sample in samples}
 
 
 @contextmanager
-def serve(store: Path | str, log: Path, **settings: object) -> Iterator[Server]:
-    """A server over a store, with settings by their names; its log goes to a file. It is gone at the end."""
-    port = _free_port()
-    environment = os.environ | {f"ADAPTERD_{name.upper()}": str(value) for name, value in settings.items()}
-    command = [sys.executable, "-m", "server", "serve", "--port", str(port), "--store", str(store)]
-    with log.open("ab") as output:
-        started = time.perf_counter()
-        process = subprocess.Popen([*command, "--backbone", BACKBONE], env=environment, stdout=output, stderr=output)
+def serve(store: Path | str, log: Path, **settings: Any) -> Iterator[Server]:
+    """A server over a store that is ready, with settings by their names; it is gone at the end."""
+    server = Server(store, log, **settings)
     try:
-        while not _ready(port):
-            if process.poll() is not None or time.perf_counter() - started > START_SECONDS:
-                raise RuntimeError(f"the server did not start:\n{log.read_text()[-3000:]}")
-            time.sleep(0.02)
-        yield Server(process, port, time.perf_counter() - started)
+        server.wait_ready()
+        yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        server.stop()
 
 
-def _free_port() -> int:
+def free_port(host: str = HOST) -> int:
+    """One that nobody listens on."""
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
+        probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
 
 
-def _ready(port: int) -> bool:
+def answers_ok(url: str) -> bool:
+    """Whether a GET is answered with 200."""
     try:
-        with urlopen(f"http://{HOST}:{port}/readyz", timeout=5) as answer:
+        with urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)
     except OSError:
         return False
@@ -209,6 +237,7 @@ class Clients:
         self._clients = clients
         self._draw = draw
         self._random = random.Random(0)
+        self._until = 0.0
 
     async def run(self, seconds: float, rate: float | None = None) -> "Slice":
         """Loads the server for a while; with a `rate`, so that about so many requests a second go out.
@@ -220,15 +249,20 @@ class Clients:
         connections = [await Connection.open(self._port) for _ in range(self._clients)]
         interval = self._clients / rate if rate else 0.0
         with _no_collector():
-            until = time.perf_counter() + seconds
-            await asyncio.gather(*(self._client(one, until, interval, answers) for one in connections))
-        return Slice(answers, seconds)
+            began = time.perf_counter()
+            self._until = began + seconds
+            await asyncio.gather(*(self._client(one, interval, answers) for one in connections))
+        return Slice(answers, self._until - began)
 
-    async def _client(self, connection: Connection, until: float, interval: float, answers: list[Answered]) -> None:
+    def stop(self) -> None:
+        """Ends what runs early: nobody sends any more, and what was sent is waited for."""
+        self._until = time.perf_counter()
+
+    async def _client(self, connection: Connection, interval: float, answers: list[Answered]) -> None:
         due = time.perf_counter() + self._random.random() * interval
-        while (now := time.perf_counter()) < until:
+        while (now := time.perf_counter()) < self._until:
             if due > now:
-                await asyncio.sleep(min(due, until) - now)
+                await asyncio.sleep(min(due, self._until) - now)
                 continue
             answer = await connection.ask(*self._draw())
             answers.append(answer)

@@ -31,6 +31,10 @@ TRIM_SECONDS = 5.0
 LAST_ANSWERS_SECONDS = 1.0
 """How long the requests that are cut off in the end may take to be answered with 503."""
 
+LAST_REFUSALS_SECONDS = 0.5
+"""How long new requests are refused in the end, for those who still come: a 503 can be sent again elsewhere, while who
+meets a connection that is being closed does not know whether the request was run."""
+
 ARENAS = 2
 """Of glibc's malloc, whose threads take turns on them. It gives eight to each core, and each keeps holes of its own;
 but Python's threads allocate little at the same time."""
@@ -112,17 +116,21 @@ class _Server(uvicorn.Server):
         print(await _greeting(self.config.app, url, self._beside.url if self._beside else None), flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """The port stays open for a while, so that a load balancer sees /readyz fail, and clients get an answer, before
-        connections are refused."""
+        """Serves on for a while, so that load balancers see /readyz fail before anything is refused."""
         assert isinstance(self.config.app, FastAPI)
         engine: Engine = self.config.app.state.engine
         settings: Settings = self.config.app.state.settings
         loop = asyncio.get_running_loop()
         told = loop.time()
         self._greeting.cancel()
-        engine.drain()
-        await asyncio.sleep(min(settings.shutdown_delay_seconds, settings.shutdown_grace_seconds))
         cutting = loop.call_at(told + settings.shutdown_grace_seconds, engine.cut_off)
+        engine.leave()
+        # Clients that keep their connections leave with the next answer, and lose nothing when the rest is closed.
+        self.server_state.default_headers.append((b"connection", b"close"))
+        delay = min(settings.shutdown_delay_seconds, settings.shutdown_grace_seconds)
+        await asyncio.sleep(max(0.0, delay - LAST_REFUSALS_SECONDS))
+        engine.drain()
+        await asyncio.sleep(min(delay, LAST_REFUSALS_SECONDS))
         await super().shutdown(sockets)
         cutting.cancel()
         if self._beside is not None:  # the last to go, so that probes and scrapes see the others end
@@ -167,6 +175,7 @@ def run(settings: Settings) -> int:
         ssl_cert_reqs=ssl.CERT_REQUIRED if settings.ssl_ca_certs else ssl.CERT_NONE,
         log_config=None,
         access_log=False,
+        timeout_keep_alive=settings.keep_alive_seconds,
         # In shutdown() above, requests are told to end before uvicorn cuts their connections.
         timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS),
     )

@@ -140,11 +140,17 @@ class Settings(BaseSettings):
     quarantine_seconds: float = Field(
         30.0, gt=0, description="Pause before a request is let through to an adapter in quarantine, to try it."
     )
+    keep_alive_seconds: int = Field(
+        75,
+        ge=1,
+        description="How long a connection without requests is kept. Have it longer than your proxies keep theirs: a "
+        "request that is sent while the server closes the connection is lost.",
+    )
     shutdown_delay_seconds: float = Field(
         1.0,
         ge=0,
-        description="After SIGTERM, how long the port stays open: `/readyz` says 503, so that load balancers notice, "
-        "and new requests to tasks get 503 and a closed connection instead of a refused one.",
+        description="After SIGTERM, how long the port stays open. `/readyz` says 503, so that load balancers notice; "
+        "requests are answered and connections closed; in the last half second new requests to tasks get 503.",
     )
     shutdown_grace_seconds: float = Field(
         25.0,

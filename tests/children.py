@@ -120,12 +120,12 @@ def run(folder: Path, *arguments: str, **settings: str) -> "subprocess.Completed
 class Server:
     """A process that serves."""
 
-    def __init__(self, folder: Path, store: str, backbone: str, **settings: str) -> None:
-        """Starts it; `folder` is for its output."""
+    def __init__(self, folder: Path, store: str, backbone: str, *, port: int = 0, **settings: str) -> None:
+        """Starts it, on a free port where none is given; `folder` is for its output."""
         settings = {"warm_up_seconds": "0", **settings}
         self._output = folder / "output.txt"
         self._output.unlink(missing_ok=True)
-        arguments = ["serve", "--port", "0", "--store", store, "--backbone", backbone]
+        arguments = ["serve", "--port", str(port), "--store", store, "--backbone", backbone]
         arguments += ["--device", "cpu", "--dtype", "float32"]
         self.process = start(command, str(self._output), str(self._output), arguments, environment(settings))
         self._client: httpx.Client | None = None
@@ -160,9 +160,9 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, store: str, backbone: str, **settings: str) -> Iterator[Server]:
+def serving(folder: Path, store: str, backbone: str, *, port: int = 0, **settings: str) -> Iterator[Server]:
     """A server that is killed in the end."""
-    server = Server(folder, store, backbone, **settings)
+    server = Server(folder, store, backbone, port=port, **settings)
     try:
         yield server
     finally:

@@ -84,19 +84,46 @@ def backbone_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     return children.save_tiny_bert(tmp_path_factory.mktemp("backbone"))
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.soak)])
-def test_nothing_that_was_accepted_is_lost(tmp_path: Path, bert: Backbone, backbone_folder: str, times: int) -> None:
+@pytest.fixture(scope="module")
+def files(bert: Backbone) -> list[tuple[str, tuple[str, bytes]]]:
+    """An adapter, as a form has it."""
     blueprint = make_blueprint(bert.spec, "lora", {"r": 4}, labels=LABELS[:2])
     artifact = make_artifact(blueprint, random_tensors(blueprint, 0, bert))
     files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
+    return [("files", file) for file in files.items()]
+
+
+def test_a_server_that_is_told_to_end_serves_until_others_may_know(
+    tmp_path: Path, backbone_folder: str, files: list[tuple[str, tuple[str, bytes]]]
+) -> None:
+    settings = {"shutdown_delay_seconds": "60", "shutdown_grace_seconds": "60"}
+    with children.serving(tmp_path, str(tmp_path / "store"), backbone_folder, **settings) as server:
+        server.client.put("/admin/adapters/one", files=files).raise_for_status()
+        request = {"adapter": "one", "inputs": "w1 w2"}
+        before = server.client.post("/classify", json=request)
+        assert before.status_code == 200
+        assert "connection" not in before.headers
+        assert server.process.pid is not None
+        os.kill(server.process.pid, signal.SIGTERM)
+        while server.client.get("/readyz").status_code == 200:
+            pass
+        for _ in range(2):
+            after = server.client.post("/classify", json=request)
+            assert after.status_code == 200
+            assert after.headers["connection"] == "close"
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.soak)])
+def test_nothing_that_was_accepted_is_lost(
+    tmp_path: Path, backbone_folder: str, files: list[tuple[str, tuple[str, bytes]]], times: int
+) -> None:
     store = str(tmp_path / "store")
     for number in range(times):
         with children.serving(
             tmp_path, store, backbone_folder, shutdown_delay_seconds="1.5", metrics_port="0"
         ) as server:
             if not number:
-                uploads = [("files", file) for file in files.items()]
-                server.client.put("/admin/adapters/one", files=uploads).raise_for_status()
+                server.client.put("/admin/adapters/one", files=files).raise_for_status()
             statuses = end_under_load(server)
             assert statuses[200] >= ANSWERS - CLIENTS
             assert set(statuses) <= {200, 503}

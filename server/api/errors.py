@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from server.api.schemas import ErrorAnswer, ErrorBody
-from server.errors import AdapterdError, ShuttingDown, Unauthorized
+from server.errors import AdapterdError, Unauthorized
 from server.logs import get_logger
 
 log = get_logger("adapterd.api")
@@ -67,8 +67,6 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
             headers["WWW-Authenticate"] = "Bearer"
         if error.retry_after is not None:
             headers["Retry-After"] = str(error.retry_after)
-        if isinstance(error, ShuttingDown):
-            headers["Connection"] = "close"  # else the client's next request may meet a connection that is closed
     else:
         # Caught outside all other middleware, which therefore adds nothing to this answer; and raised again, so that
         # the traceback is logged.

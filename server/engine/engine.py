@@ -223,6 +223,7 @@ class Engine:
         self._following: list[asyncio.Task[None]] = []
         self._limits: set[asyncio.Timeout] = set()
         """Of the requests under way."""
+        self._leaving = False
         self._draining = False
         self._cut_off = False
 
@@ -248,9 +249,9 @@ class Engine:
 
     @property
     def ready(self) -> bool:
-        """Whether requests can be answered, and what they take has been run. The store is not asked: adapters in memory
-        outlive it."""
-        return self._worker.alive and not self._draining and self._is_warm
+        """Whether requests should come here: they can be answered, and what they take has been run. The store is not
+        asked: adapters in memory outlive it."""
+        return self._worker.alive and not self._leaving and self._is_warm
 
     @property
     def _is_warm(self) -> bool:
@@ -258,7 +259,7 @@ class Engine:
 
     def check_ready(self) -> None:
         """Raises what keeps requests from being answered: ShuttingDown, DeviceStopped or WarmingUp."""
-        if self._draining or not (self._worker.alive or self.crashed):
+        if self._leaving or not (self._worker.alive or self.crashed):
             raise ShuttingDown("the server is shutting down")
         if self.crashed:
             raise DeviceStopped("the device's thread has died; the server has to be restarted")
@@ -312,13 +313,17 @@ class Engine:
         if self._warming is not None:
             await asyncio.shield(self._warming)
 
+    def leave(self) -> None:
+        """Not ready any more, but new requests are still answered: who sends them has yet to notice."""
+        self._leaving = True
+
     def drain(self) -> None:
         """New requests get ShuttingDown from here on; those under way are answered."""
-        self._draining = True
+        self._leaving = self._draining = True
 
     def cut_off(self) -> None:
         """Requests under way get ShuttingDown as well."""
-        self._draining = self._cut_off = True
+        self._leaving = self._draining = self._cut_off = True
         for limit in self._limits:
             limit.reschedule(asyncio.get_running_loop().time())
 
