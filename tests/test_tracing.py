@@ -18,7 +18,6 @@ from typing import Any
 
 import children
 import pytest
-from faulty import Fault, FaultyS3, faulty_s3
 from helpers import LABELS, make_artifact, make_blueprint, random_tensors
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -28,6 +27,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased,
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.testclient import TestClient
 
+from faulty import Fault, FaultyS3, faulty_s3
 from server import logs, otel, serving
 from server.api.access.tokens import Tokens
 from server.app import create_app
@@ -421,6 +421,18 @@ def test_the_issuers_keys_are_fetched_in_the_trace() -> None:
     assert header is not None
     assert header.startswith(f"00-{fetched.context.trace_id:032x}-{fetched.context.span_id:016x}-")
     assert is_sampled(header)
+
+
+def test_no_password_of_an_address_is_in_a_span() -> None:
+    memory = InMemorySpanExporter()
+    tracing = OpenTelemetry([SimpleSpanProcessor(memory)], ALWAYS_ON)
+    request = tracing.provider.get_tracer("test").start_as_current_span("request")
+    with request, tracing.outgoing("GET", "https://me:secret@issuer.example:444/keys?a=b"):
+        pass
+    fetched, _ = memory.get_finished_spans()
+    attributes = fetched.attributes or {}
+    assert attributes["url.full"] == "https://issuer.example:444/keys?a=b"
+    assert (attributes["server.address"], attributes["server.port"]) == ("issuer.example", 444)
 
 
 # --- where spans go
