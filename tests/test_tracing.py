@@ -18,7 +18,6 @@ from typing import Any
 
 import children
 import pytest
-from faulty import Fault, FaultyS3, faulty_s3
 from helpers import LABELS, make_artifact, make_blueprint, random_tensors
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from opentelemetry.sdk.trace import ReadableSpan
@@ -28,6 +27,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased,
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.testclient import TestClient
 
+from benchmarks.faulty import Fault, FaultyS3, faulty_s3
 from server import logs, otel, serving
 from server.api.access.tokens import Tokens
 from server.app import create_app
