@@ -79,8 +79,8 @@ AT_ONCE = 64
 """Adapters that are proven together; the worker makes batches of them."""
 WARM_ADAPTERS = 32
 WARM_UP_SECONDS = 10.0
-"""With one adapter. A product of a size that has not been before costs torch memory that it keeps (on a CPU, in bfloat16,
-most of a megabyte), whatever adapters are in it."""
+"""With one adapter. A product of a size that has not been before costs torch memory that it keeps (on a CPU, in
+bfloat16, most of a megabyte), whatever adapters are in it."""
 FEW_SECONDS = 60.0
 """With a few: as long as with many, for memory goes up and down by tens of megabytes, and the two are compared.
 `warm_growth_mb`, what the second half added to the largest, says how far that had settled."""
