@@ -10,8 +10,8 @@ as the first. Store and server are on one machine, so files come from the operat
 `scale_ratio`           32 clients without pauses: throughput of requests by Zipf's law over that of requests for one
                         adapter, of the same texts in the same order, in slices that take turns on one server whose
                         memory is full; medians.
-`peak_rss_growth_ratio` the server's largest resident memory during all requests by Zipf's law, less what it had without
-                        adapters after it had been warmed up with a few, over its memory for adapters. Means something
+`peak_rss_growth_ratio` the server's largest resident memory during all requests by Zipf's law, less its largest with a
+                        few adapters (without these) in the minute before, over its memory for adapters. Means something
                         only where that memory is much larger than the noise: with thousands of adapters.
 `startup_ratio`         time from the start of the process to the first 200 of /readyz, with all adapters in the store
                         over with ten; the starts take turns; medians.
@@ -79,9 +79,11 @@ AT_ONCE = 64
 """Adapters that are proven together; the worker makes batches of them."""
 WARM_ADAPTERS = 32
 WARM_UP_SECONDS = 10.0
-"""With one adapter, and again with a few. A product of a size that has not been before costs torch memory that it keeps
-(on a CPU, in bfloat16, most of a megabyte), whatever adapters are in it; `warm_growth_mb`, what the second half added,
-says how far that had settled."""
+"""With one adapter. A product of a size that has not been before costs torch memory that it keeps (on a CPU, in
+bfloat16, most of a megabyte), whatever adapters are in it."""
+FEW_SECONDS = 60.0
+"""With a few: as long as with many, for memory goes up and down by tens of megabytes, and the two are compared.
+`warm_growth_mb`, what the second half added to the largest, says how far that had settled."""
 SATURATED_SECONDS = 3.0
 FILL_SECONDS = 120.0
 
@@ -233,9 +235,13 @@ async def load(server: Server, versions: dict[str, str], budget: int, options: a
         return done
 
     await run(one, WARM_UP_SECONDS)
-    half_warm_rss = server.memory()
-    await run(Traffic(cycle(names[:WARM_ADAPTERS]), cycle(texts)), WARM_UP_SECONDS)
-    warm_rss = server.memory() - int(_count(server, "adapterd_adapter_bytes"))
+    server.forget_peak()
+    few = Traffic(cycle(names[:WARM_ADAPTERS]), cycle(texts))
+    await run(few, FEW_SECONDS / 2)
+    half_warm_rss = server.memory("VmHWM")
+    await run(few, FEW_SECONDS / 2)
+    few_rss = server.memory("VmHWM")
+    warm_rss = few_rss - int(_count(server, "adapterd_adapter_bytes"))
     server.forget_peak()
 
     asked: set[str] = set()
@@ -288,7 +294,7 @@ async def load(server: Server, versions: dict[str, str], budget: int, options: a
         "server_cores_used": used / wall,
         "budget_mb": budget / 1e6,
         "warm_rss_mb": warm_rss / 1e6,
-        "warm_growth_mb": (warm_rss - half_warm_rss) / 1e6,
+        "warm_growth_mb": (few_rss - half_warm_rss) / 1e6,
         "peak_rss_mb": peak / 1e6,
         "resident": _count(server, "adapterd_adapters_resident"),
         "requests": checker.requests,

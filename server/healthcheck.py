@@ -23,7 +23,10 @@ def trouble(settings: Settings) -> str | None:
         connection.request("GET", PATH)
         status = connection.getresponse().status
     except (OSError, HTTPException) as error:
-        return f"{connection.host}:{connection.port} does not answer: {error or type(error).__name__}"
+        reason = f"{connection.host}:{connection.port} does not answer: {error or type(error).__name__}"
+        if isinstance(connection, HTTPSConnection) and settings.ssl_ca_certs is not None:
+            reason += ". If it does not take its own certificate from a client, set ADAPTERD_METRICS_PORT"
+        return reason
     finally:
         connection.close()
     return None if status == 200 else f"{PATH} says {status}"

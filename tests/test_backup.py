@@ -16,9 +16,9 @@ import children
 import pytest
 import torch
 from click.testing import Result
-from faulty import CREDENTIALS, FaultyS3, faulty_s3
 from typer.testing import CliRunner
 
+from benchmarks.faulty import CREDENTIALS, FaultyS3, faulty_s3
 from server.cli import app
 from server.store.artifact import Artifact, Manifest
 from server.store.releases import Plan, Release

@@ -116,11 +116,16 @@ def test_a_changed_setting_is_a_rolling_update() -> None:
 
 @pytest.mark.parametrize(
     "values",
-    [{"bukcet": {"enabled": True}}, {"settings": {"ADAPTERD_PORT": 8000}}, {"gpu": {"enabled": "yes"}}],
+    [
+        {"bukcet": {"enabled": True}},
+        {"settings": {"ADAPTERD_PORT": 8000}},
+        {"settings": {"ADAPTERD_METRICS_PORT": None}},
+        {"gpu": {"enabled": "yes"}},
+    ],
     ids=str,
 )
 def test_values_that_make_no_sense_are_refused(values: Object) -> None:
-    with pytest.raises(ValueError, match=r"additional|string|boolean"):
+    with pytest.raises(ValueError, match=r"additional|string|boolean|missing"):
         render(values)
 
 

@@ -41,7 +41,7 @@ OPEN = {"/metrics", "/livez", "/readyz"}
 KEYS = json.dumps([{"name": "x", "sha256": digest_of(new_key()), "scopes": ["infer", "admin", "metrics"]}])
 
 
-def certificate(folder: Path) -> Path:
+def certificate(folder: Path, file_name: str = "certificate.pem") -> Path:
     """A certificate that has signed itself, and its key, in one file."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "adapterd.example")])
@@ -57,7 +57,7 @@ def certificate(folder: Path) -> Path:
         .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
         .sign(key, hashes.SHA256())
     )
-    file = folder / "certificate.pem"
+    file = folder / file_name
     file.write_bytes(
         made.public_bytes(serialization.Encoding.PEM)
         + key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
@@ -158,9 +158,7 @@ def test_probes_need_no_certificate_and_outlive_the_drain(bert: Backbone, tmp_pa
             assert client.post("/classify", json={}).status_code == 404
             assert trouble(Settings(port=1, metrics_port=port, **tls)) is None
             locked = httpx.URL(server.address(" at "))
-            reason = trouble(Settings(host=locked.host, port=locked.port, **tls))
-            assert reason is not None
-            assert "set ADAPTERD_METRICS_PORT" in reason
+            assert trouble(Settings(host=locked.host, port=locked.port, **tls)) is None
             assert server.process.pid is not None
             os.kill(server.process.pid, signal.SIGTERM)
             while client.get("/readyz").status_code == 200:
@@ -173,8 +171,9 @@ def test_probes_need_no_certificate_and_outlive_the_drain(bert: Backbone, tmp_pa
 
 
 @contextmanager
-def answering(status: int, pem: Path | None = None, *, mutual: bool = False) -> Iterator[int]:
-    """A server that says so to /readyz, over TLS with a certificate, perhaps to clients that show it too. Its port."""
+def answering(status: int, pem: Path | None = None, *, clients: Path | None = None) -> Iterator[int]:
+    """A server that says so to /readyz, over TLS with a certificate, perhaps only to clients that have one of `clients`.
+    Its port."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -188,9 +187,9 @@ def answering(status: int, pem: Path | None = None, *, mutual: bool = False) -> 
         if pem is not None:
             context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             context.load_cert_chain(pem)
-            if mutual:
+            if clients is not None:
                 context.verify_mode = ssl.CERT_REQUIRED
-                context.load_verify_locations(pem)
+                context.load_verify_locations(clients)
             server.socket = context.wrap_socket(server.socket, server_side=True)
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -211,9 +210,13 @@ def test_the_health_check_speaks_as_the_server_does(tmp_path: Path) -> None:
     with answering(200, pem) as port:
         assert trouble(Settings(port=port, ssl_certfile=str(pem))) is None
         assert "does not answer" in (trouble(Settings(port=port)) or "")
-    with answering(200, pem, mutual=True) as port:
+    with answering(200, pem, clients=pem) as port:
         assert trouble(Settings(port=port, ssl_certfile=str(pem), ssl_ca_certs=str(pem))) is None
         assert "does not answer" in (trouble(Settings(port=port, ssl_certfile=str(pem))) or "")
+    others = certificate(tmp_path, "others.pem")
+    with answering(200, pem, clients=others) as port:
+        refused = trouble(Settings(port=port, ssl_certfile=str(pem), ssl_ca_certs=str(others)))
+        assert "set ADAPTERD_METRICS_PORT" in (refused or "")
     gone = str(tmp_path / "gone")
     assert "ssl_certfile" in (trouble(Settings(ssl_certfile=gone, ssl_ca_certs=gone)) or "")
     with answering(503) as port:

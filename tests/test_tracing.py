@@ -27,7 +27,7 @@ from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ALWAYS_ON, ParentBased,
 from opentelemetry.trace import SpanKind, StatusCode
 from starlette.testclient import TestClient
 
-from faulty import Fault, FaultyS3, faulty_s3
+from benchmarks.faulty import Fault, FaultyS3, faulty_s3
 from server import logs, otel, serving
 from server.api.access.tokens import Tokens
 from server.app import create_app
