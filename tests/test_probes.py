@@ -126,6 +126,7 @@ def test_of_two_servers_that_take_the_second_port_at_once_one_is_told(
 ) -> None:
     app = create_app(Settings(), backbone=bert, store=AdapterStore.open("memory://"))
     monkeypatch.setattr(serving, "create_app", lambda _: app)
+    monkeypatch.setattr(serving._Server, "run", lambda _: None)
     monkeypatch.setattr(serving, "_limit_arenas", lambda: None)
     monkeypatch.setattr(serving.logs, "configure", lambda *_: None)
     with socket.socket() as other:

@@ -206,7 +206,7 @@ def test_a_server_that_leaves_warms_up_no_further(bert: Backbone, monkeypatch: p
 
     async def ended(engine: Engine) -> bool:
         assert engine._warming is not None
-        await asyncio.wait([engine._warming])
+        await asyncio.wait([engine._warming], timeout=LONGEST_SECONDS)
         return engine._warming.cancelled()
 
     monkeypatch.setattr(WarmUp, "_steps", lambda self: [("forever", forever)])
