@@ -253,7 +253,7 @@ def test_the_proxy_in_a_cluster_finds_the_pods() -> None:
     deployment = yaml.safe_load((FILES.parent / "kubernetes" / "base" / "deployment.yaml").read_text())
     pod = deployment["spec"]["template"]
     [container] = pod["spec"]["containers"]
-    [port] = container["ports"]
+    [port] = [port for port in container["ports"] if port["name"] == "http"]
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"].items() <= pod["metadata"]["labels"].items()
     assert service["spec"]["ports"] == [
