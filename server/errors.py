@@ -39,6 +39,8 @@ class AdapterdError(Exception):
     status: ClassVar[int] = 500
     type: ClassVar[str] = "server_error"
     code: ClassVar[str] = "internal_error"
+    fault: ClassVar[bool] = True
+    """Whether a status of 500 or more means that something is wrong, which the log is to show."""
     retry_after: int | None = None  # seconds
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -200,6 +202,7 @@ class WarmingUp(AdapterdError):
     status = 503
     type = "unavailable_error"
     code = "warming_up"
+    fault = False
     retry_after = 1
 
 
@@ -209,6 +212,7 @@ class ShuttingDown(AdapterdError):
     status = 503
     type = "unavailable_error"
     code = "shutting_down"
+    fault = False
     retry_after = 5
 
 

@@ -78,7 +78,7 @@ class OpenTelemetry(Tracing):
         port = parts.port or {"http": 80, "https": 443}.get(parts.scheme, 0)
         attributes: Attributes = {
             "http.request.method": method,
-            "url.full": url,
+            "url.full": parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl(),
             "server.address": parts.hostname or "",
             "server.port": port,
         }

@@ -47,7 +47,8 @@ class _MetricsServer(uvicorn.Server):
     """Answers on ADAPTERD_METRICS_PORT, beside the server that signals end."""
 
     def __init__(self, app: FastAPI, settings: Settings) -> None:
-        """Takes the port, or says why it cannot and ends the process."""
+        """Takes the port, or says why it cannot and ends the process. Raises OSError where somebody else takes it at
+        the same moment."""
         assert settings.metrics_port is not None
         config = uvicorn.Config(
             create_metrics_app(app),
@@ -61,6 +62,11 @@ class _MetricsServer(uvicorn.Server):
         )
         super().__init__(config)
         self._socket = config.bind_socket()
+        try:
+            self._socket.listen(config.backlog)  # of two that bind a port at once, the second one fails here
+        except OSError:
+            self._socket.close()
+            raise
         host, port = self._socket.getsockname()[:2]
         self.url = f"http://{host}:{port}"
 
@@ -131,6 +137,9 @@ class _Server(uvicorn.Server):
         await asyncio.sleep(max(0.0, delay - LAST_REFUSALS_SECONDS))
         engine.drain()
         await asyncio.sleep(min(delay, LAST_REFUSALS_SECONDS))
+        # Requests have been told to end before uvicorn cuts their connections; uploads have not.
+        left = told + settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS - loop.time()
+        self.config.timeout_graceful_shutdown = max(1, math.ceil(left))
         await super().shutdown(sockets)
         cutting.cancel()
         if self._beside is not None:  # the last to go, so that probes and scrapes see the others end
@@ -176,8 +185,6 @@ def run(settings: Settings) -> int:
         log_config=None,
         access_log=False,
         timeout_keep_alive=settings.keep_alive_seconds,
-        # In shutdown() above, requests are told to end before uvicorn cuts their connections.
-        timeout_graceful_shutdown=math.ceil(settings.shutdown_grace_seconds + LAST_ANSWERS_SECONDS),
     )
     try:
         config.load()
@@ -185,7 +192,12 @@ def run(settings: Settings) -> int:
         reason = error.strerror or str(error)
         print(f"adapterd: ssl_certfile, ssl_keyfile or ssl_ca_certs cannot be used: {reason}", file=sys.stderr)
         return 1
-    server = _Server(config, None if settings.metrics_port is None else _MetricsServer(app, settings))
+    try:
+        beside = None if settings.metrics_port is None else _MetricsServer(app, settings)
+    except OSError as error:
+        print(f"adapterd: metrics_port: {error.strerror}", file=sys.stderr)
+        return 1
+    server = _Server(config, beside)
     server.run()
     if server.failure is not None:
         print(f"adapterd: {server.failure.message}", file=sys.stderr)

@@ -35,7 +35,7 @@ from server.app import create_app
 from server.backbone.backbone import Backbone
 from server.core import TaskRequest
 from server.engine.engine import Engine
-from server.errors import AdapterdError, NotFiniteOutput, Overloaded, StoreUnavailable
+from server.errors import AdapterdError, NotFiniteOutput, Overloaded, StoreUnavailable, WarmingUp
 from server.settings import Settings
 from server.store.releases import Plan
 from server.store.store import AdapterStore
@@ -938,10 +938,19 @@ def test_a_fault_of_ours_is_a_500_in_the_peers_shape(server: Running, monkeypatc
 
 
 def test_not_ready_is_told(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Engine, "_is_warm", False)
-    assert server.http.get("/v2/models/moods/ready").json()["ready"] is False
-    for path in ("/tei/health", "/tei/moods/health", "/models/moods/health", "/v2/health/ready"):
-        answer = server.http.get(f"{path}")
+    def cold(_: Engine) -> None:
+        raise WarmingUp("the server is warming up")
+
+    assert server.http.get("/v2/models/moods/ready").json()["ready"] is True
+    monkeypatch.setattr(Engine, "check_ready", cold)
+    for path in (
+        "/tei/health",
+        "/tei/moods/health",
+        "/models/moods/health",
+        "/v2/health/ready",
+        "/v2/models/moods/ready",
+    ):
+        answer = server.http.get(path)
         assert answer.status_code == 503
         assert answer.headers["retry-after"]
     assert server.http.get("/v2/health/live").status_code == 200

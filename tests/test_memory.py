@@ -131,7 +131,7 @@ def test_a_claim_waits_for_a_value_to_be_let_go() -> None:
 
     async def run() -> None:
         async with values.claim(80) as claim:
-            claim.settle("a", "A", 80)
+            await claim.settle("a", "A", 80)
         with values.held("a"):
             waiting = asyncio.create_task(take(values, "b", 50))
             await asyncio.sleep(0.01)
@@ -145,7 +145,25 @@ def test_a_claim_waits_for_a_value_to_be_let_go() -> None:
 
 async def take(values: Memory[str], key: str, nbytes: int, claimed: int | None = None) -> None:
     async with values.claim(nbytes if claimed is None else claimed) as claim:
-        claim.settle(key, key.upper(), nbytes)
+        await claim.settle(key, key.upper(), nbytes)
+
+
+def test_what_turns_out_larger_than_its_claim_waits_as_well() -> None:
+    values = memory(100, wait_seconds=30)
+
+    async def run() -> None:
+        await take(values, "a", 60)
+        with values.held("a"):
+            waiting = asyncio.create_task(take(values, "b", 50, claimed=30))
+            await asyncio.sleep(0.01)
+            assert not waiting.done()
+            assert "a" in values
+        await waiting
+        assert ("a" in values, "b" in values) == (False, True)
+        await take(values, "c", 50)
+        assert "b" in values
+
+    asyncio.run(run())
 
 
 def test_claims_count_before_they_are_settled() -> None:

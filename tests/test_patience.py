@@ -2,10 +2,12 @@
 full, is told to end, or has lost its device's thread.
 """
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -292,12 +294,13 @@ def test_a_server_that_is_told_to_end(client: TestClient, held: Held, pool: Thre
     first = busy(client, held, pool)
     second = pool.submit(ask, client)
     held.wait_for(lambda: held.waiting == 1)
-    engine_of(client).leave()
+    assert client.portal is not None
+    client.portal.call(engine_of(client).leave)
     refused(client.get("/readyz"), 503, code="shutting_down")
     assert client.get("/livez").status_code == 200
     third = pool.submit(ask, client)
     held.wait_for(lambda: held.waiting == 2)
-    engine_of(client).drain()
+    client.portal.call(engine_of(client).drain)
     refused(client.get("/readyz"), 503, code="shutting_down")
     late = ask(client)
     refused(late, 503, code="shutting_down")
@@ -312,6 +315,23 @@ def test_what_takes_too_long_when_a_server_ends(client: TestClient, held: Held, 
     client.portal.call(cut_off, engine_of(client))
     refused(first.result(), 503, code="shutting_down")
     refused(ask(client), 503, code="shutting_down")
+
+
+def test_a_request_whose_time_is_just_over_keeps_no_other_from_being_cut_off(
+    client: TestClient, held: Held, pool: ThreadPoolExecutor
+) -> None:
+    async def expired() -> asyncio.Timeout:
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0) as limit:
+                await asyncio.Event().wait()
+        return limit
+
+    engine = engine_of(client)
+    first = busy(client, held, pool)
+    assert client.portal is not None
+    engine._limits.add(client.portal.call(expired))
+    client.portal.call(cut_off, engine)  # in whatever order they are
+    refused(first.result(), 503, code="shutting_down")
 
 
 async def cut_off(engine: Engine) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -17,6 +18,7 @@ from typing import Any
 import children
 import httpx
 import pytest
+import uvicorn
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -24,6 +26,7 @@ from cryptography.x509.oid import NameOID
 from starlette.testclient import TestClient
 from typer.testing import CliRunner
 
+from server import serving
 from server.api.access.gate import TAKES
 from server.api.access.keys import digest_of, new_key
 from server.app import create_app, create_metrics_app
@@ -116,6 +119,28 @@ def test_settings_of_the_second_port_that_make_no_sense(options: dict[str, Any],
 def test_the_second_port_is_where_the_first_is_unless_told_otherwise() -> None:
     assert Settings(host="0.0.0.0", metrics_port=0).metrics_address == "0.0.0.0"
     assert Settings(host="0.0.0.0", metrics_port=0, metrics_host="10.0.0.1").metrics_address == "10.0.0.1"
+
+
+def test_of_two_servers_that_take_the_second_port_at_once_one_is_told(
+    bert: Backbone, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    app = create_app(Settings(), backbone=bert, store=AdapterStore.open("memory://"))
+    monkeypatch.setattr(serving, "create_app", lambda _: app)
+    monkeypatch.setattr(serving, "_limit_arenas", lambda: None)
+    monkeypatch.setattr(serving.logs, "configure", lambda *_: None)
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        other.bind(("127.0.0.1", 0))
+        bind = uvicorn.Config.bind_socket
+
+        def bound(config: uvicorn.Config) -> socket.socket:
+            own = bind(config)
+            other.listen()
+            return own
+
+        monkeypatch.setattr(uvicorn.Config, "bind_socket", bound)
+        assert serving.run(Settings(port=0, metrics_port=other.getsockname()[1])) == 1
+    assert "metrics_port: Address already in use" in capsys.readouterr().err
 
 
 def test_probes_need_no_certificate_and_outlive_the_drain(bert: Backbone, tmp_path: Path) -> None:

@@ -1,17 +1,24 @@
 """SIGTERM under load, on real processes: whatever was accepted is answered."""
 
+import asyncio
 import os
 import signal
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import children
 import httpx
 import pytest
+import uvicorn
 from helpers import LABELS, make_artifact, make_blueprint, random_tensors
 
+from server import serving
+from server.app import create_app
 from server.backbone.backbone import Backbone
+from server.settings import Settings
+from server.store.store import AdapterStore
 
 CLIENTS = 6
 ANSWERS = 60
@@ -111,6 +118,24 @@ def test_a_server_that_is_told_to_end_serves_until_others_may_know(
             after = server.client.post("/classify", json=request)
             assert after.status_code == 200
             assert after.headers["connection"] == "close"
+
+
+def test_what_requests_may_take_includes_the_delay(bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[float | None] = []
+
+    async def shutdown(server: uvicorn.Server, _: Any = None) -> None:
+        waits.append(server.config.timeout_graceful_shutdown)
+
+    async def end(server: serving._Server) -> None:
+        server._greeting = asyncio.create_task(asyncio.sleep(60))
+        await server.shutdown()
+
+    monkeypatch.setattr(uvicorn.Server, "shutdown", shutdown)
+    for delay in (0.0, 0.9):
+        settings = Settings(shutdown_delay_seconds=delay, shutdown_grace_seconds=0.9)
+        app = create_app(settings, backbone=bert, store=AdapterStore.open("memory://"))
+        asyncio.run(end(serving._Server(uvicorn.Config(app), None)))
+    assert waits == [2, 1]
 
 
 @pytest.mark.parametrize("times", [3, pytest.param(50, marks=pytest.mark.soak)])

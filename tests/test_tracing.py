@@ -423,6 +423,18 @@ def test_the_issuers_keys_are_fetched_in_the_trace() -> None:
     assert is_sampled(header)
 
 
+def test_no_password_of_an_address_is_in_a_span() -> None:
+    memory = InMemorySpanExporter()
+    tracing = OpenTelemetry([SimpleSpanProcessor(memory)], ALWAYS_ON)
+    request = tracing.provider.get_tracer("test").start_as_current_span("request")
+    with request, tracing.outgoing("GET", "https://me:secret@issuer.example:444/keys?a=b"):
+        pass
+    fetched, _ = memory.get_finished_spans()
+    attributes = fetched.attributes or {}
+    assert attributes["url.full"] == "https://issuer.example:444/keys?a=b"
+    assert (attributes["server.address"], attributes["server.port"]) == ("issuer.example", 444)
+
+
 # --- where spans go
 
 

@@ -19,12 +19,14 @@ from starlette.testclient import TestClient
 
 from server import serving
 from server.adapters import METHODS
+from server.api import errors
 from server.app import create_app
 from server.backbone.backbone import Backbone
 from server.engine import warmup
 from server.engine.engine import Engine
 from server.engine.warmup import LARGEST_TOKENS, WarmUp
-from server.errors import BackboneError
+from server.engine.worker import Worker
+from server.errors import BackboneError, Overloaded
 from server.settings import Settings
 from server.store.store import AdapterStore
 from server.tasks import TASKS
@@ -157,6 +159,84 @@ def test_what_fails_is_told_and_the_rest_is_run(bert: Backbone, monkeypatch: pyt
     monkeypatch.setattr(METHODS["ia3"], "apply_run", apply)
     assert [line["step"] for line in log.of("error")] == ["method ia3"]
     assert log.of("info")[-1]["event"] == "warmed up"
+
+
+def test_a_queue_that_is_full_is_asked_again(bert: Backbone, monkeypatch: pytest.MonkeyPatch, log: Log) -> None:
+    refused: list[str] = []
+
+    def refusing(method: Any) -> Any:
+        def patched(self: Worker, *args: Any, **options: Any) -> Any:
+            if refused.count(method.__name__) < 3:
+                refused.append(method.__name__)
+                raise Overloaded("the queue is full")
+            return method(self, *args, **options)
+
+        return patched
+
+    for method in (Worker.check, Worker.submit):
+        monkeypatch.setattr(Worker, method.__name__, refusing(method))
+    monkeypatch.setattr(warmup, "PAUSE_SECONDS", 0)
+    with warming(bert) as (client, _):
+        wait_until_ready(client)
+    assert len(refused) == 6
+    assert log.of("error") == log.of("warning") == []
+
+
+@pytest.mark.parametrize("step", ["_make", "_answer"])
+def test_a_backbone_that_cannot_be_run_is_told_whatever_it_fails_with(
+    bert: Backbone, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    async def fails(self: WarmUp, *_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(WarmUp, step, fails)
+    with warming(bert) as (client, engine):
+        assert client.portal is not None
+        with pytest.raises(BackboneError, match="no memory"):
+            client.portal.call(engine.warmed)
+        for _ in range(2):
+            answer = client.get("/readyz")
+            assert answer.status_code == 500
+            assert answer.json()["error"]["code"] == "backbone_error"
+
+
+def test_a_server_that_leaves_warms_up_no_further(bert: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    async def ended(engine: Engine) -> bool:
+        assert engine._warming is not None
+        await asyncio.wait([engine._warming])
+        return engine._warming.cancelled()
+
+    monkeypatch.setattr(WarmUp, "_steps", lambda self: [("forever", forever)])
+    with warming(bert) as (client, engine):
+        assert client.portal is not None
+        client.portal.call(engine.leave)
+        assert client.portal.call(ended, engine)
+        assert client.get("/readyz").json()["error"]["code"] == "shutting_down"
+        assert client.post("/embed", json={"inputs": "w1"}).status_code == 200
+
+
+def test_that_a_server_is_not_ready_yet_or_any_more_is_no_error_in_the_log(
+    bert: Backbone, monkeypatch: pytest.MonkeyPatch, log: Log
+) -> None:
+    async def forever() -> None:
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(WarmUp, "_steps", lambda self: [("forever", forever)])
+    monkeypatch.setattr(errors, "log", log)
+    with warming(bert) as (client, engine):
+        assert client.portal is not None
+        for path in READY:
+            assert client.get(path).status_code == 503
+        client.portal.call(engine.drain)
+        assert client.get("/readyz").status_code == 503
+        assert client.post("/embed", json={"inputs": "w1"}).status_code == 503
+        assert log.of("error") == []
+        engine._worker.crashed = True
+        assert client.get("/livez").status_code == 503
+        assert [line["code"] for line in log.of("error")] == ["device_stopped"]
 
 
 def test_it_ends_in_time_and_says_what_is_left(bert: Backbone, monkeypatch: pytest.MonkeyPatch, log: Log) -> None:

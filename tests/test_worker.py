@@ -108,6 +108,19 @@ def result(ticket: Ticket) -> list[Any]:
     return ticket.future.result(timeout=10)
 
 
+def test_what_fails_after_a_batch_has_been_answered_kills_nothing(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_: RanBatch) -> None:
+        raise ValueError("no such series")
+
+    monkeypatch.setattr(worker.recent, "note", broken)
+    for _ in range(2):
+        assert result(worker.submit([row(GOOD)], [ref(GOOD)])) == ["good"]
+    assert worker.alive
+    assert not worker.crashed
+
+
 def waiting(worker: Worker) -> int:
     return sum(worker._scheduler.tokens.values())
 

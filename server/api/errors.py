@@ -72,7 +72,7 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
         # the traceback is logged.
         status, body = 500, _body("the server failed on this request", "server_error", "internal_error")
         headers["X-Request-ID"] = body.request_id or ""
-    if status >= 500:
+    if status >= 500 and getattr(error, "fault", True):
         log.error("request failed", status=status, code=body.code, error=str(error))
     status, content = _shape(shapes, request.scope["path"])(status, body)
     return JSONResponse(content, status, headers)

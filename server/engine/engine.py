@@ -247,24 +247,21 @@ class Engine:
         """How its batches lie in memory."""
         return "packed" if self._backbone.packed else "padded"
 
-    @property
-    def ready(self) -> bool:
-        """Whether requests should come here: they can be answered, and what they take has been run. The store is not
-        asked: adapters in memory outlive it."""
-        return self._worker.alive and not self._leaving and self._is_warm
-
-    @property
-    def _is_warm(self) -> bool:
-        return self._warming is None or (self._warming.done() and not _failed(self._warming))
-
     def check_ready(self) -> None:
-        """Raises what keeps requests from being answered: ShuttingDown, DeviceStopped or WarmingUp."""
+        """Requests should come here: they can be answered, and what they take has been run. The store is not asked:
+        adapters in memory outlive it.
+
+        Raises ShuttingDown, DeviceStopped or WarmingUp where they should not, BackboneError where the backbone cannot
+        be run.
+        """
         if self._leaving or not (self._worker.alive or self.crashed):
             raise ShuttingDown("the server is shutting down")
         if self.crashed:
             raise DeviceStopped("the device's thread has died; the server has to be restarted")
-        if not self._is_warm:
-            raise WarmingUp("the server is warming up")
+        if self._warming is not None:
+            if not self._warming.done():
+                raise WarmingUp("the server is warming up")
+            self._warming.result()
 
     @property
     def crashed(self) -> bool:
@@ -314,22 +311,29 @@ class Engine:
             await asyncio.shield(self._warming)
 
     def leave(self) -> None:
-        """Not ready any more, but new requests are still answered: who sends them has yet to notice."""
+        """Not ready any more, nor ever again; but new requests are still answered: who sends them has yet to notice."""
         self._leaving = True
+        if self._warming is not None:
+            self._warming.cancel()
 
     def drain(self) -> None:
         """New requests get ShuttingDown from here on; those under way are answered."""
-        self._leaving = self._draining = True
+        self.leave()
+        self._draining = True
 
     def cut_off(self) -> None:
         """Requests under way get ShuttingDown as well."""
-        self._leaving = self._draining = self._cut_off = True
+        self.drain()
+        self._cut_off = True
+        now = asyncio.get_running_loop().time()
         for limit in self._limits:
-            limit.reschedule(asyncio.get_running_loop().time())
+            if not limit.expired():  # such a one cannot be set again
+                limit.reschedule(now)
 
     def stop(self) -> None:
         """Ends every request that still waits, and all threads."""
-        for task in (*self._following, *([self._warming] if self._warming else [])):
+        self.leave()
+        for task in self._following:
             task.cancel()
         self._shadows.stop()
         self._worker.stop()
@@ -606,10 +610,6 @@ class Engine:
         """The bytes that it takes in memory."""
         async with self._residency.lease(name, version):
             return self._residency.nbytes(version)
-
-
-def _failed(task: asyncio.Task[None]) -> bool:
-    return task.cancelled() or task.exception() is not None
 
 
 def _check_route(name: str, adapter: TaskAdapter, route: Route) -> None:

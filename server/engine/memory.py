@@ -19,9 +19,10 @@ class Claim(Generic[V]):
         self._memory = memory
         self.nbytes = nbytes
 
-    def settle(self, key: str, value: V, nbytes: int) -> None:
-        """The value is there and really takes this much. Raises OverBudget or MemoryFull where that does not fit."""
-        self._memory.settle(self, key, value, nbytes)
+    async def settle(self, key: str, value: V, nbytes: int) -> None:
+        """The value is there and really takes this much: waits for what it takes beyond the claim. Raises OverBudget or
+        MemoryFull where that does not fit."""
+        await self._memory.settle(self, key, value, nbytes)
 
 
 class Memory(Generic[V]):
@@ -120,22 +121,22 @@ class Memory(Generic[V]):
             self._measure()
             self._wake()
 
-    def settle(self, claim: Claim[V], key: str, value: V, nbytes: int) -> None:
-        """Puts the value where its claim was."""
-        if not self._evict(nbytes - claim.nbytes - self.nbytes(key), replaced=key):
-            raise self._full(nbytes)
+    async def settle(self, claim: Claim[V], key: str, value: V, nbytes: int) -> None:
+        """Puts the value where its claim was, and what was there under this key."""
+        await self._make_room(nbytes, claim.nbytes, replaced=key)
         self._drop(key)
         self._values[key] = value, nbytes
         self._bytes += nbytes - claim.nbytes
         claim.nbytes = 0
         self._measure()
 
-    async def _make_room(self, nbytes: int) -> None:
+    async def _make_room(self, nbytes: int, claimed: int = 0, replaced: str | None = None) -> None:
+        """For so many bytes, some of which are claimed; `replaced` will be gone."""
         if nbytes > self.max_bytes:
             raise self._full(nbytes)
         try:
             async with asyncio.timeout(self._wait_seconds):
-                while not self._evict(nbytes):
+                while not self._evict(nbytes - claimed, replaced):
                     await self._wait()
         except TimeoutError:
             raise self._full(nbytes) from None
@@ -155,9 +156,9 @@ class Memory(Generic[V]):
             )
         return MemoryFull(f"{nbytes} bytes do not fit the {self._tier} memory now: what it holds is in use or pinned")
 
-    def _evict(self, nbytes: int, replaced: str | None = None) -> bool:
+    def _evict(self, nbytes: int, replaced: str | None) -> bool:
         """Frees that much beside what is claimed, from the least recently used on; False, and nothing, if it cannot."""
-        missing = self._bytes + nbytes - self.max_bytes
+        missing = self._bytes + nbytes - self.max_bytes - (self.nbytes(replaced) if replaced is not None else 0)
         leaving: list[str] = []
         for key, (_, size) in self._values.items():
             if missing <= 0:

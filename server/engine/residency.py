@@ -127,7 +127,7 @@ class Residency:
                 return
             async with self._device.claim(checked.estimate) as claim:
                 adapter = await self._loader.place(checked)
-                claim.settle(version, adapter, adapter.nbytes)
+                await claim.settle(version, adapter, adapter.nbytes)
             try:
                 yield adapter
             except BaseException:
@@ -191,18 +191,18 @@ class Residency:
             checked = await self._loader.check(name, opened)
             if checked.nbytes <= self._host.max_bytes:  # else only the device is large enough
                 async with self._host.claim(checked.nbytes) as claim:
-                    claim.settle(version, checked, checked.nbytes)
+                    await claim.settle(version, checked, checked.nbytes)
         return await self._place(name, version, checked)
 
     async def _settle(self, name: str, version: str, checked: Checked, adapter: TaskAdapter) -> TaskAdapter:
         async with self._device.claim(adapter.nbytes) as claim:
             await self._loader.prove(name, checked, adapter)
-            claim.settle(version, adapter, adapter.nbytes)
+            await claim.settle(version, adapter, adapter.nbytes)
             return adapter
 
     async def _place(self, name: str, version: str, checked: Checked) -> TaskAdapter:
         async with self._device.claim(checked.estimate) as claim:
             adapter = await self._loader.place(checked)
             await self._loader.prove(name, checked, adapter)
-            claim.settle(version, adapter, adapter.nbytes)  # which knows how large it really is
+            await claim.settle(version, adapter, adapter.nbytes)  # which knows how large it really is
             return adapter

@@ -27,7 +27,7 @@ from server.core import BackboneSpec, Encoding, Priority, Terms
 from server.engine.pipeline import Job, Pipeline
 from server.engine.runner import Row
 from server.engine.worker import Worker
-from server.errors import AdapterdError, BackboneError, InvalidAdapter
+from server.errors import AdapterdError, BackboneError, InvalidAdapter, Overloaded
 from server.logs import get_logger
 from server.tasks import TASKS
 from server.tasks.adapter import Blueprint, TaskAdapter
@@ -51,6 +51,9 @@ WIDTHS = (MIN_SIZE, JOINED_COLUMNS)
 
 TERMS = Terms(Priority.LOW, strict=True)
 """Requests that come before the server is ready go first."""
+
+PAUSE_SECONDS = 0.05
+"""Until a full queue is asked again."""
 
 LABELS = (("no", "yes"), ())
 """Of the adapters that are run: a task takes either some or none."""
@@ -111,8 +114,8 @@ class WarmUp:
     async def _bare(self) -> None:
         try:
             await self._answer([await self._make("head_only", "embedding")])
-        except AdapterdError as error:
-            raise BackboneError(f"backbone {self._backbone.spec.name!r} cannot be run: {error.message}") from error
+        except Exception as error:
+            raise BackboneError(f"backbone {self._backbone.spec.name!r} cannot be run: {_reason(error)}") from error
 
     def _steps(self) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
         """What is run after that, and how to call it."""
@@ -143,7 +146,10 @@ class WarmUp:
             adapters = [replace(adapter) for _ in range(width // RANK)]
             texts = self._texts(tokens, len(adapters))
             rows = [Row(text, own) for text, own in zip(texts, cycle(adapters), strict=False)]
-            await asyncio.wrap_future(self._worker.submit(rows, terms=TERMS).future)
+            await _admitted(partial(self._run_rows, rows))
+
+    async def _run_rows(self, rows: Sequence[Row]) -> None:
+        await asyncio.wrap_future(self._worker.submit(rows, terms=TERMS).future)
 
     def _texts(self, tokens: int, at_least: int) -> list[Encoding]:
         """Texts of so many tokens together, all of about the same length."""
@@ -156,7 +162,8 @@ class WarmUp:
         """What a request for these adapters runs."""
         task = adapters[0].task
         jobs = [Job(adapter, task.options()) for adapter in adapters]
-        await self._pipeline.answer(jobs, [task.sample(text) for text in TEXTS], terms=TERMS)
+        inputs = [task.sample(text) for text in TEXTS]
+        await _admitted(partial(self._pipeline.answer, jobs, inputs, terms=TERMS))
 
     async def _make(self, method: str, task: str, **options: Any) -> TaskAdapter:
         """An adapter as it is before any training. Raises InvalidAdapter where the backbone does not carry it."""
@@ -169,8 +176,21 @@ async def _tried(name: str, step: Callable[[], Awaitable[None]]) -> None:
     try:
         await step()
     except Exception as error:
-        reason = error.message if isinstance(error, AdapterdError) else repr(error)
-        log.error("warm-up failed: requests like this may fail, or be slower at first", step=name, error=reason)
+        log.error("warm-up failed: requests like this may fail, or be slower at first", step=name, error=_reason(error))
+
+
+async def _admitted(run: Callable[[], Awaitable[Any]]) -> None:
+    """Runs something, once the queue takes it: what clients have filled it with goes first."""
+    while True:
+        try:
+            await run()
+            return
+        except Overloaded:
+            await asyncio.sleep(PAUSE_SECONDS)
+
+
+def _reason(error: Exception) -> str:
+    return error.message if isinstance(error, AdapterdError) else repr(error)
 
 
 def _fresh(backbone: Backbone, method: str, task: str, options: dict[str, Any]) -> TaskAdapter:

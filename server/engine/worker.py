@@ -232,9 +232,9 @@ class Worker:
                 started = time.perf_counter()
                 self._run(batch.work)
                 before, ended = ended, time.perf_counter()
-                self._measure(batch, ended - started)
                 if backlog and batch.backlog:  # from end to end: what happens between batches takes time as well
                     self._measure_throughput(batch.tokens, ended - before)
+                self._measure(batch, ended - started)
                 backlog = batch.backlog
                 self._running = []
         except BaseException as error:
@@ -314,6 +314,13 @@ class Worker:
         return None
 
     def _measure(self, batch: Batch[QueuedRow], seconds: float) -> None:
+        """Tells others of a batch. It has been answered: what goes wrong here is no reason to die."""
+        try:
+            self._tell(batch, seconds)
+        except Exception:
+            log.exception("a batch cannot be told of")
+
+    def _tell(self, batch: Batch[QueuedRow], seconds: float) -> None:
         if traced := {
             place: queued.ticket.error for queued in batch.work if (place := queued.ticket.place) is not None
         }:

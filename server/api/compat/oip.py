@@ -212,9 +212,10 @@ async def model_metadata(name: str, engine: EngineDep, version: str | None = Non
 @router.get("/models/{name}/ready")
 @router.get("/models/{name}/versions/{version}/ready")
 async def model_ready(name: str, engine: EngineDep, version: str | None = None) -> dict[str, Any]:
-    """Whether an adapter can be asked; it is loaded when it is."""
+    """An adapter can be asked; it is loaded when it is. 503 where nothing can."""
+    engine.check_ready()
     await engine.profile(name, version)
-    return {"name": name, "ready": engine.ready}
+    return {"name": name, "ready": True}
 
 
 @router.post("/models/{name}/infer")
