@@ -17,6 +17,7 @@ ANYBODYS = {"/tmp", "/var/tmp", "/run/lock", STORE}
 """What anybody may write to while the root file system is not read-only, and the store."""
 NOT_FILES = ("/proc", "/sys", "/dev")
 START_SECONDS = 300
+END_SECONDS = 60
 HEALTH = ["adapterd", "healthcheck"]
 
 
@@ -72,7 +73,11 @@ def main() -> None:
             answer = classify(port, "sentiment", "I love this film")
         finally:
             server.terminate()
-            ended = server.wait()
+            try:
+                ended = server.wait(END_SECONDS)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                raise
     print(
         f"as {os.getuid()}:{os.getgid()}, writing to {sorted(writable())} only, ready after {started:.1f} s: {answer}"
     )
