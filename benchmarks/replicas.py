@@ -170,7 +170,7 @@ class Replicas:
 
         resident = self._options.resident
         return await service_times.measure(
-            self.servers, self._front.port, self._adapters, resident, rate, seconds, draw
+            self.servers, self._front.port, self._adapters, resident, rate, seconds, draw, self.checker.check
         )
 
     def owners(self) -> list[int]:

@@ -18,7 +18,7 @@ when they are saturated: the machine has to start servers beside. The proxy repe
 connect.
 
 `failed`     requests that were not answered with 200. `wrong`: answered for another adapter, by a version that is not
-             the adapter's, or with other labels.
+             the adapter's, or with other labels. `failed_before` and `wrong_before`: of those before the rollouts.
 `p99_ms`     of requests during the rollouts; `calm_p99_ms`, of those before, at the same rate.
 """
 
@@ -68,6 +68,7 @@ class Fleet:
         self.options = options
         self.servers: list[Server] = []
         self._store = store
+        self._over = False
 
     def replace(self) -> None:
         """A new server for each, one after the other."""
@@ -95,11 +96,14 @@ class Fleet:
         raise NotImplementedError
 
     def stop(self) -> None:
-        """Ends all at once."""
+        """Ends all at once, and no more begin."""
+        self._over = True
         for server in self.servers:
             server.kill()
 
     def _begin(self, **settings: Any) -> Server:
+        if self._over:
+            raise RuntimeError("the rehearsal is over")
         server = Server(self._store, self.log, log_level="warning", **settings)
         self.servers.append(server)
         return server
@@ -193,7 +197,7 @@ WAYS: dict[str, type[Fleet]] = {"endpoints": Pods, "health": Hosts}
 async def rehearse(fleet: Fleet, versions: dict[str, str], rollouts: int) -> dict[str, Any]:
     """The figures of one way."""
     options = fleet.options
-    checker = Answers(versions)
+    checker, earlier = Answers(versions), Answers(versions)
     texts = cycle([json.dumps(text).encode() for text in make_texts(TEXTS)])
     names = zipf(list(versions), seed=1)
     numbers = count()
@@ -204,9 +208,11 @@ async def rehearse(fleet: Fleet, versions: dict[str, str], rollouts: int) -> dic
 
     with fleet.behind() as front:
         clients = Clients(front.port, options.clients, draw)
-        await clients.run(CALIBRATION_SECONDS)
-        rate = options.load * (await clients.run(CALIBRATION_SECONDS)).throughput
+        saturated = [await clients.run(CALIBRATION_SECONDS) for _ in range(2)]
+        rate = options.load * saturated[-1].throughput
         calm = await clients.run(options.calm_seconds, rate)
+        for before in (*saturated, calm):
+            earlier.check(before.answers)
         updated = asyncio.get_running_loop().run_in_executor(None, _times, fleet, rollouts)
         updated.add_done_callback(lambda _: clients.stop())
         during = await clients.run(LONGEST_SECONDS, rate)
@@ -221,6 +227,8 @@ async def rehearse(fleet: Fleet, versions: dict[str, str], rollouts: int) -> dic
         "failed": checker.failed,
         "failed_by_status": {str(status): number for status, number in sorted(statuses.items())},
         "wrong": checker.wrong,
+        "failed_before": earlier.failed,
+        "wrong_before": earlier.wrong,
         "requests_per_second": during.throughput,
         "p50_ms": percentile_ms(during.answers, 50),
         "p99_ms": percentile_ms(during.answers, 99),

@@ -25,6 +25,8 @@ ONE_STRANGER_IN = 4
 """Requests at the rate, for an adapter that is not in memory: the others tell how long it takes otherwise."""
 Draw = Callable[[str], tuple[Any, bytes]]
 """A request for an adapter, and what to know it by."""
+Check = Callable[[list[Answered]], None]
+"""Is given all answers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,14 @@ class Watch:
 
 
 async def measure(
-    servers: list[Server], port: int, names: list[str], resident: int, rate: float, seconds: float, draw: Draw
+    servers: list[Server],
+    port: int,
+    names: list[str],
+    resident: int,
+    rate: float,
+    seconds: float,
+    draw: Draw,
+    check: Check,
 ) -> dict[str, Any]:
     """Measures servers behind a port that share their requests evenly: twice so long at a rate, and once saturated.
     `resident`: how many of the adapters fit in memory.
@@ -88,12 +97,14 @@ async def measure(
     """
     warm = names[: resident // 2]
     known: Iterator[str] = cycle(warm)
-    await _one_by_one(port, [adapter for adapter in warm for _ in servers], draw)  # each server gets each of them
+    each_for_each_server = [adapter for adapter in warm for _ in servers]
+    check(await _one_by_one(port, each_for_each_server, draw))
     watch, busy = Watch(servers), Watch(servers)
     arrivals = Arrivals(port, lambda: draw(next(known)))
     paced = await watch.during(arrivals.run(seconds, rate))
     arrivals.close()
-    await busy.during(Clients(port, PARALLEL_CLIENTS * len(servers), lambda: draw(next(known))).run(seconds / 2))
+    clients = Clients(port, PARALLEL_CLIENTS * len(servers), lambda: draw(next(known)))
+    saturated = await busy.during(clients.run(seconds / 2))
     base, token = _fit([*watch.batches, *busy.batches])
     overhead = _overhead(paced.answers, watch.batches)
     strangers = cycle(names[resident // 2 :])
@@ -105,6 +116,8 @@ async def measure(
     hit_ms = statistics.median(one.seconds for one in mixed if one.key.adapter in warm_names) * 1000
     loads = [max(0.0, one.seconds * 1000 - hit_ms) for one in mixed if one.key.adapter not in warm_names]
     together = await Clients(port, PARALLEL_CLIENTS * len(servers), lambda: draw(next(strangers))).run(seconds / 2)
+    for answers in (paced.answers, saturated.answers, mixed, together.answers):
+        check(answers)
     parallel = together.throughput / len(servers) * statistics.fmean(loads) / 1000
     ratios = [batch.seconds * 1000 / (base + token * batch.tokens) for batch in watch.batches]
     return {
@@ -118,11 +131,11 @@ async def measure(
     }
 
 
-async def _one_by_one(port: int, adapters: list[str], draw: Draw) -> None:
+async def _one_by_one(port: int, adapters: list[str], draw: Draw) -> list[Answered]:
     connection = await Connection.open(port)
-    for adapter in adapters:
-        await connection.ask(*draw(adapter))
+    answers = [await connection.ask(*draw(adapter)) for adapter in adapters]
     connection.close()
+    return answers
 
 
 def _fit(batches: list[Ran]) -> tuple[float, float]:

@@ -246,11 +246,12 @@ class Clients:
         only where the answer before has not come yet.
         """
         answers: list[Answered] = []
+        self._until = math.inf
         connections = [await Connection.open(self._port) for _ in range(self._clients)]
         interval = self._clients / rate if rate else 0.0
         with _no_collector():
             began = time.perf_counter()
-            self._until = began + seconds
+            self._until = min(self._until, began + seconds)  # it may have been stopped already
             await asyncio.gather(*(self._client(one, interval, answers) for one in connections))
         return Slice(answers, self._until - began)
 

@@ -47,7 +47,7 @@ from transformers.utils import logging
 from benchmarks import service_times
 from benchmarks.proxy import routed_request
 from benchmarks.replicas import Asked
-from benchmarks.scale import make_store, memory_of_one
+from benchmarks.scale import Answers, make_store, memory_of_one
 from benchmarks.serving import LONGEST, SHORTEST, Clients, Server, make_texts, print_report, rounded, say, serve
 
 SIGMA = 0.8
@@ -397,10 +397,11 @@ def measure() -> dict[str, Any]:
         one = asyncio.run(memory_of_one(folder / "store", versions))
         budget = MEASURED_RESIDENT * one
         with serve(folder / "store", folder / "log", host_memory_bytes=budget, log_level="warning") as server:
-            return {"bytes_per_adapter": one, **uvloop.run(_measure(server, list(versions)))}
+            return {"bytes_per_adapter": one, **uvloop.run(_measure(server, versions))}
 
 
-async def _measure(server: Server, names: list[str]) -> dict[str, Any]:
+async def _measure(server: Server, versions: dict[str, str]) -> dict[str, Any]:
+    names, checker = list(versions), Answers(versions, lambda asked: asked.adapter)
     texts = cycle([json.dumps(text).encode() for text in make_texts(256)])
     numbers = count()
 
@@ -410,13 +411,17 @@ async def _measure(server: Server, names: list[str]) -> dict[str, Any]:
 
     warm = cycle(names[: MEASURED_RESIDENT // 2])
     clients = Clients(server.port, MEASURED_CLIENTS, lambda: draw(next(warm)))
-    await clients.run(MEASURE_SECONDS)
+    checker.check((await clients.run(MEASURE_SECONDS)).answers)
     saturated = await clients.run(MEASURE_SECONDS)
+    checker.check(saturated.answers)
     tokens = sum(json.loads(answer.body)["usage"]["tokens"] for answer in saturated.answers)
+    rate = saturated.throughput / 2
     times = await service_times.measure(
-        [server], server.port, names, MEASURED_RESIDENT, saturated.throughput / 2, MEASURE_SECONDS, draw
+        [server], server.port, names, MEASURED_RESIDENT, rate, MEASURE_SECONDS, draw, checker.check
     )
     return {
+        "failed": checker.failed,
+        "wrong": checker.wrong,
         "saturated_rps": saturated.throughput,
         "tokens_per_second": tokens / saturated.seconds,
         "times": times,

@@ -199,11 +199,16 @@ def test_few_reach_the_port_that_asks_for_no_key(name: str, let_in: list[Object]
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
-def test_a_slow_start_is_not_a_death(name: str) -> None:
-    """The startup probe waits three minutes for the backbone; the liveness probe is more patient than the other."""
+def test_a_slow_start_is_not_a_death(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The startup probe waits three minutes for the backbone, the rollout for the warm-up as well; the liveness probe
+    is more patient than the other."""
     one = container(overlay(name))
     starting, living, ready = (one[f"{kind}Probe"] for kind in ("startup", "liveness", "readiness"))
-    assert starting["periodSeconds"] * starting["failureThreshold"] >= 180
+    patience = starting["periodSeconds"] * starting["failureThreshold"]
+    assert patience >= 180
+    rollout = only(overlay(name), "Deployment")["spec"]
+    warm_up = read_settings(settings(overlay(name)), monkeypatch).warm_up_seconds
+    assert patience + warm_up + rollout["minReadySeconds"] < rollout["progressDeadlineSeconds"]
     assert living["periodSeconds"] * living["failureThreshold"] > ready["periodSeconds"] * ready["failureThreshold"]
     for asked in (starting, living, ready):
         assert asked["timeoutSeconds"] <= asked["periodSeconds"]
@@ -655,7 +660,11 @@ def test_the_health_check_asks_a_route_that_needs_no_key() -> None:
     assert json.loads(command) == ["adapterd", "healthcheck"]
     assert f"GET {healthcheck.PATH}" in TAKES[None]
     [seconds] = re.findall(r"^HEALTHCHECK .*--timeout=(\d+)s", DOCKERFILE, re.M)
-    assert int(seconds) > healthcheck.TIMEOUT_SECONDS
+    starts = 3  # seconds for the command itself, where processors are throttled
+    assert int(seconds) >= starts + healthcheck.TIMEOUT_SECONDS
+    probe = container(overlay("cpu"))["startupProbe"]
+    [patience] = re.findall(r"^HEALTHCHECK .*--start-period=(\d+)s", DOCKERFILE, re.M)
+    assert int(patience) == probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_the_command_is_run_without_a_shell() -> None:

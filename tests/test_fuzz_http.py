@@ -31,7 +31,7 @@ from server.store.store import AdapterStore
 
 ROUTES = [
     (method, route.path.replace(":path", ""))
-    for router in (tasks.router, admin.router, debugging.router, health.router, *compat.ROUTERS)
+    for router in (tasks.router, admin.router, debugging.router, health.probes, health.router, *compat.ROUTERS)
     for route in router.routes
     if isinstance(route, APIRoute)
     for method in sorted(route.methods)

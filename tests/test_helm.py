@@ -114,6 +114,12 @@ def test_a_changed_setting_is_a_rolling_update() -> None:
     assert pod({"settings": {"ADAPTERD_LOG_LEVEL": "debug"}}) != pod({})
 
 
+def test_ports_are_those_of_the_settings() -> None:
+    settings = {"ADAPTERD_PORT": "7000", "ADAPTERD_METRICS_PORT": "7002"}
+    objects = render({**values_of("monitoring", "gateway"), "settings": settings})[0]
+    assert not re.search(r"\b800[02]\b", json.dumps(objects))
+
+
 @pytest.mark.parametrize(
     "values",
     [

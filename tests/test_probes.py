@@ -173,8 +173,10 @@ def test_probes_need_no_certificate_and_outlive_the_drain(bert: Backbone, tmp_pa
 
 @contextmanager
 def answering(status: int, pem: Path | None = None, *, clients: Path | None = None) -> Iterator[int]:
-    """A server that says so to /readyz, over TLS with a certificate, perhaps only to clients that have one of `clients`.
-    Its port."""
+    """A server that says so to /readyz, over TLS with a certificate, perhaps only to those with one of `clients`.
+
+    Yields its port.
+    """
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
