@@ -65,12 +65,17 @@ def stack() -> Iterator[ExitStack]:
         yield stack
 
 
-def start(stack: ExitStack, place: Place, folder: Path, **settings: Any) -> children.Server:
-    """A server that is ready."""
-    own = tempfile.mkdtemp(dir=folder)
-    server = stack.enter_context(children.serving(Path(own), place.store, place.backbone, **settings))
-    assert server.client.get("/readyz").status_code == 200
-    return server
+def start(stack: ExitStack, place: Place, folder: Path, number: int = 1, **settings: Any) -> list[children.Server]:
+    """Servers that are ready; they begin side by side."""
+    servers = [
+        stack.enter_context(
+            children.serving(Path(tempfile.mkdtemp(dir=folder)), place.store, place.backbone, **settings)
+        )
+        for _ in range(number)
+    ]
+    for server in servers:
+        assert server.client.get("/readyz").status_code == 200
+    return servers
 
 
 def address(server: children.Server) -> str:
@@ -156,7 +161,8 @@ def test_a_rolling_update_in_a_cluster_fails_nobody(place: Place, stack: ExitSta
     pods: list[tuple[str, children.Server]] = []
 
     def add(host: str) -> None:
-        pods.append((host, start(stack, place, tmp_path, host=host, port=port, shutdown_delay_seconds="1.5")))
+        [pod] = start(stack, place, tmp_path, host=host, port=port, shutdown_delay_seconds="1.5")
+        pods.append((host, pod))
         endpoints.add(host)
 
     for host in ("127.0.0.2", "127.0.0.3"):
@@ -179,7 +185,7 @@ def test_a_rolling_update_in_a_cluster_fails_nobody(place: Place, stack: ExitSta
 def test_a_server_that_says_that_it_goes_is_left_before_it_refuses(
     place: Place, stack: ExitStack, tmp_path: Path
 ) -> None:
-    servers = [start(stack, place, tmp_path, shutdown_delay_seconds="60", shutdown_grace_seconds="60") for _ in "ab"]
+    servers = start(stack, place, tmp_path, 2, shutdown_delay_seconds="60", shutdown_grace_seconds="60")
     front = hosts(stack, servers, tmp_path)
     leaving = address(servers[0])
     with Load(front.port).on() as load:
@@ -196,7 +202,7 @@ def test_a_server_that_says_that_it_goes_is_left_before_it_refuses(
 
 
 def test_a_killed_server_costs_what_it_was_answering(place: Place, stack: ExitStack, tmp_path: Path) -> None:
-    servers = [start(stack, place, tmp_path) for _ in "abc"]
+    servers = start(stack, place, tmp_path, 3)
     front = hosts(stack, servers, tmp_path)
     with Load(front.port).on() as load:
         victim = address(servers[0])
@@ -216,7 +222,7 @@ def test_a_killed_server_costs_what_it_was_answering(place: Place, stack: ExitSt
 
 
 def test_an_adapter_has_its_server_and_who_names_none_asks_all(place: Place, stack: ExitStack, tmp_path: Path) -> None:
-    servers = [start(stack, place, tmp_path) for _ in "ab"]
+    servers = start(stack, place, tmp_path, 2)
     front = hosts(stack, servers, tmp_path)
     numbers = count(1)
     with httpx.Client(base_url=f"http://127.0.0.1:{front.port}", timeout=60) as client:
@@ -242,7 +248,7 @@ def test_an_adapter_has_its_server_and_who_names_none_asks_all(place: Place, sta
 def test_a_connection_without_requests_is_kept_as_long_as_the_setting_says(
     place: Place, stack: ExitStack, tmp_path: Path
 ) -> None:
-    server = start(stack, place, tmp_path, keep_alive_seconds="1")
+    [server] = start(stack, place, tmp_path, keep_alive_seconds="1")
     host, _, port = address(server).partition(":")
     with socket.create_connection((host, int(port)), timeout=30) as connection:  # less than the default
         connection.sendall(b"GET /livez HTTP/1.1\r\nhost: any\r\n\r\n")

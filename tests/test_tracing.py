@@ -332,7 +332,7 @@ def test_a_request_that_never_runs_has_waited(server: Traced, gate: threading.Ev
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(server.ask, "one")
         server.wait(lambda: engine.snapshot().requests_running == 1)
-        assert server.ask("one", timeout_ms=50).status_code == 504
+        assert server.ask("one", timeout_ms=500).status_code == 504
         gate.set()
         assert first.result().status_code == 200
     server.wait(lambda: len(server.routes()) == 2 and len(server.named("compute")) == 1)
