@@ -1,11 +1,12 @@
 """Fixtures that every test may use."""
 
+import logging
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub
 os.environ["ADAPTERD_WARM_UP_SECONDS"] = "0"  # whoever tests the warm-up asks for it
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 
 import pytest
@@ -28,6 +29,16 @@ settings.register_profile("slice", derandomize=True, deadline=None, database=Non
 # Others in every run, as many as each test says; what is found is printed so that it can be repeated.
 settings.register_profile("hunt", derandomize=False, deadline=None, database=None, print_blob=True)
 settings.load_profile("slice")
+
+
+@pytest.fixture(autouse=True)
+def logs_as_they_were() -> Iterator[None]:
+    """A command that runs in the tests' process logs to a stream that is closed when it ends."""
+    root = logging.getLogger()
+    handlers, level = root.handlers, root.level
+    yield
+    root.handlers = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture(scope="session")
