@@ -37,8 +37,8 @@ ROUTES = [
     for method in sorted(route.methods)
 ]
 
-FAILURES = (503, 507)
-"""Statuses from 500 on that a client can bring about: it asks for too much."""
+FAILURES = (503, 504, 507)
+"""Statuses from 500 on that a client can bring about: it asks for too much, or does not wait."""
 
 STEADY = {"adapter": "steady", "inputs": ["w1 w2", "w9"]}
 
