@@ -271,9 +271,10 @@ def test_damaged_uploads_over_http(name: str, bench_of: Callable[[str], Bench], 
             parts, labels = mutated(bench.uploads, seed)
             answer = client.put("/admin/adapters/bad", **form(parts, labels))
             ends[answer.status_code] += 1
-            assert answer.status_code in (200, 201, 413, 422), (seed, answer.text)
-            if answer.status_code in (413, 422):
-                assert answer.json()["error"]["param"], (seed, answer.text)
+            assert answer.status_code in (200, 201, 400, 413, 422), (seed, answer.text)
+            if answer.status_code in (400, 413, 422):
+                # a file's name may break the form itself, of which nothing can be named then
+                assert answer.json()["error"]["param"] or answer.status_code == 400, (seed, answer.text)
                 assert contents(folder) == before, seed
             else:
                 served(client, "bad", answer.json())
