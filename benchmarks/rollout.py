@@ -29,9 +29,10 @@ import random
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import count, cycle
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ CALIBRATION_SECONDS = 3.0
 LONGEST_SECONDS = 3600.0
 
 
-class Fleet:
+class Fleet(ABC):
     """The servers, and the means by which the proxy learns of them."""
 
     def __init__(self, store: Path, log: Path, options: argparse.Namespace) -> None:
@@ -78,22 +79,21 @@ class Fleet:
             self.servers.remove(old)
             self.end(old)
 
+    @abstractmethod
     def start(self) -> Server:
         """One more server."""
-        raise NotImplementedError
 
+    @abstractmethod
     def wait_ready(self, server: Server) -> None:
         """Until the proxy may know of it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, server: Server) -> None:
         """Tells a server to go, and returns when it is gone."""
-        raise NotImplementedError
 
-    @contextmanager
-    def behind(self) -> Iterator[Proxy]:
+    @abstractmethod
+    def behind(self) -> AbstractContextManager[Proxy]:
         """The proxy in front, with servers that are ready; all gone at the end."""
-        raise NotImplementedError
 
     def stop(self) -> None:
         """Ends all at once, and no more begin."""
