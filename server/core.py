@@ -414,7 +414,8 @@ class Terms:
     deadline: float | None = None
     """On the queue's clock, in seconds: from then on nobody wants the answer."""
     strict: bool = False
-    """Rows that fail together fail: for proofs. Else they are tried apart."""
+    """Rows run together where a batch holds them, and those that fail together fail: for proofs. Else they are tried
+    apart."""
 
 
 PLAIN = Terms()

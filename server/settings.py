@@ -80,6 +80,13 @@ class Settings(BaseSettings):
         description="Number format of the backbone. `auto` is bfloat16 where the hardware multiplies it natively "
         "(CUDA, AMX, AVX512-BF16), else float32.",
     )
+    streams: int = Field(
+        0,
+        ge=0,
+        description="Batches that are computed side by side, each on its share of the processors that torch may use "
+        "(`OMP_NUM_THREADS`). 0: on a CPU one for each of them, up to four; on a GPU one. More serve more requests; "
+        "fewer answer a lone long text sooner.",
+    )
     warm_up_seconds: float = Field(
         20.0,
         ge=0,

@@ -456,7 +456,7 @@ def test_a_thread_that_dies_leaves_nobody_waiting(worker: Worker, runner: Faulty
     assert result(first) == ["good"]
     for ticket in tickets:
         assert isinstance(failure(ticket), DeviceStopped)
-    wait_for(lambda: not worker._thread.is_alive())
+    wait_for(lambda: not worker._threads[0].is_alive())
     assert worker.crashed
     assert not worker.alive
     with pytest.raises(DeviceStopped):

@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import re
+import threading
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -76,10 +77,23 @@ class _Row(NamedTuple):
     positions: list[int]
 
 
+class _Running(threading.local):
+    """What a thread's forward is at: the hooks on the model's modules are the same for all threads, and look here."""
+
+    def __init__(self) -> None:
+        self.plan = NO_ADAPTERS
+        self.rows = 0
+        self.pooling = False
+        """The pooler runs, outside of the model's own forward."""
+        self.streams: dict[Site, Tensor] = {}
+        """What a residual site waits for, within a layer."""
+        self.outputs: dict[Site, Tensor] = {}
+
+
 class Backbone:
     """A frozen transformer with adapter sites.
 
-    Not thread-safe: one thread at a time may call `forward`, since the plan of the running batch is attached to it.
+    Several threads may call `forward` at once, once it has been made.
     """
 
     def __init__(
@@ -103,15 +117,12 @@ class Backbone:
         self._takes_types = "token_type_ids" in accepted and bool(getattr(model.config, "type_vocab_size", 0))
         # Where a family that is not listed starts to count is not known; padded, it counts itself.
         self._takes_positions = "position_ids" in accepted and model.config.model_type in FAMILIES
-        self._plan = NO_ADAPTERS
-        self._rows = 0  # of the running forward
+        self._running = _Running()
+        self._counting = threading.Lock()
         self.text_rows = 0
         """Rows of all forwards that were a text's."""
         self.computed_rows = 0
         """All rows of them, with padding and filler."""
-        self._pooling = False  # the pooler runs, outside of the model's own forward
-        self._streams: dict[Site, Tensor] = {}  # what a residual site waits for, within a layer
-        self._outputs: dict[Site, Tensor] = {}
         self._reaches: dict[Site, Reach] = {}
         self._sharing: Sharing | None = None
         self._bare: dict[Site, nn.Module] = {}
@@ -268,13 +279,14 @@ class Backbone:
     @contextmanager
     def _attached(self, plan: AdapterPlan, *, pooling: bool = False) -> Iterator[None]:
         """The plan acts at the sites as long as this lasts."""
-        self._plan, self._pooling = plan, pooling
+        running = self._running
+        running.plan, running.pooling = plan, pooling
         try:
             yield
         finally:
-            self._plan, self._pooling = NO_ADAPTERS, False
-            self._streams.clear()
-            self._outputs.clear()
+            running.plan, running.pooling = NO_ADAPTERS, False
+            running.streams.clear()
+            running.outputs.clear()
 
     def _packed(self, rows: Sequence[_Row], found: Sequence[Share] = ()) -> Tensor:
         """All texts in one row [1, tokens]; position ids restart at each."""
@@ -327,15 +339,16 @@ class Backbone:
         return self._encoded(self._run(**inputs).flatten(0, 1))[self._tensor(keep)]
 
     def _place(self, whole: Placement, rows: int, at: Callable[[Site], Placement] | None = None) -> None:
-        self._plan.place(whole, self._per_text if self._reaches else (), at)
-        self._rows = rows
-        self.text_rows += sum(whole.lengths)
-        self.computed_rows += rows
+        self._running.plan.place(whole, self._per_text if self._reaches else (), at)
+        self._running.rows = rows
+        with self._counting:
+            self.text_rows += sum(whole.lengths)
+            self.computed_rows += rows
 
     def _encoded(self, states: Tensor) -> Tensor:
         """What adapters after the encoder make of its last states, [rows, hidden]."""
         site, _ = encoder_output(self.model.config)
-        return self._plan.apply(site, states, states) if self._plan.acts_at(site) else states
+        return self._running.plan.apply(site, states, states) if self._running.plan.acts_at(site) else states
 
     def _run(self, **inputs: Any) -> Tensor:
         if getattr(self.model.config, "use_cache", None) is not None:
@@ -358,7 +371,7 @@ class Backbone:
 
     def _prefixes(self, module: nn.Module) -> Sequence[Prefix]:
         site = self._attentions.get(module)
-        return self._plan.prefixes(site) if site is not None else ()
+        return self._running.plan.prefixes(site) if site is not None else ()
 
     def _attach(self, site: Site, attachment: Attachment) -> None:
         """Hooks a site. A hook of a site at which the running plan does nothing costs a dictionary look-up."""
@@ -372,10 +385,10 @@ class Backbone:
             attachment.module.register_forward_hook(self._output_hook(site))
 
     def _acts_at(self, site: Site) -> bool:
-        if not self._plan.acts_at(site):
+        if not self._running.plan.acts_at(site):
             return False
         # a pooler's sites act where it is run on all texts, not within the model's own forward
-        return not self._reaches or (self._reaches.get(site) is Reach.TEXTS) is self._pooling
+        return not self._reaches or (self._reaches.get(site) is Reach.TEXTS) is self._running.pooling
 
     def _input_hook(self, site: Site) -> Callable[..., Any]:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -405,17 +418,17 @@ class Backbone:
         return hook
 
     def _adapted(self, site: Site, x: Tensor, y: Tensor) -> Tensor:
-        if self._reaches.get(site) is Reach.SHARED and y.shape[0] != self._rows:
-            return self._plan.apply_to_all(site, x, y)
-        return self._plan.apply(site, x, y)
+        if self._reaches.get(site) is Reach.SHARED and y.shape[0] != self._running.rows:
+            return self._running.plan.apply_to_all(site, x, y)
+        return self._running.plan.apply(site, x, y)
 
     def _attach_gates(self, site: Site, attachment: Attachment) -> None:
         """Prefixes may depend on what the attention reads."""
         assert attachment.stream is not None  # sites.py gives every key_value site one
 
         def observe(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            if self._plan.prefixes(site):
-                self._plan.observe(site, inputs[0].flatten(0, -2))
+            if self._running.plan.prefixes(site):
+                self._running.plan.observe(site, inputs[0].flatten(0, -2))
 
         attachment.stream.register_forward_pre_hook(observe)
 
@@ -425,24 +438,24 @@ class Backbone:
 
         def keep_stream(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self._acts_at(site):
-                self._streams[site] = inputs[0].flatten(0, -2)
+                self._running.streams[site] = inputs[0].flatten(0, -2)
 
         def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             if not self._acts_at(site):
                 return None
             h = output.flatten(0, -2)
             if attachment.norm is not None:
-                self._outputs[site] = h
+                self._running.outputs[site] = h
                 return None
-            return self._plan.apply(site, self._streams.pop(site), h, h).view_as(output)
+            return self._running.plan.apply(site, self._running.streams.pop(site), h, h).view_as(output)
 
         def join(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             if not self._acts_at(site):
                 return None
-            stream, h = self._streams.pop(site), self._outputs.pop(site)
+            stream, h = self._running.streams.pop(site), self._running.outputs.pop(site)
             if attachment.swapped:
                 stream, h = h, stream
-            return self._plan.apply(site, stream, output.flatten(0, -2), h).view_as(output)
+            return self._running.plan.apply(site, stream, output.flatten(0, -2), h).view_as(output)
 
         attachment.stream.register_forward_pre_hook(keep_stream)
         attachment.module.register_forward_hook(keep_output)
@@ -512,9 +525,9 @@ class Backbone:
         for site in self._attachments:
             if site in pooling.rows:
                 reaches[site] = Reach.TEXTS
-            elif forward.rows[site] == {self._rows} or (site.kind is SiteKind.KEY_VALUE and self.packed):
+            elif forward.rows[site] == {self._running.rows} or (site.kind is SiteKind.KEY_VALUE and self.packed):
                 reaches[site] = Reach.TOKENS
-            elif listed and self._rows in forward.rows[site] and site.kind is not SiteKind.EMBEDDING:
+            elif listed and self._running.rows in forward.rows[site] and site.kind is not SiteKind.EMBEDDING:
                 reaches[site] = Reach.SHARED
         return reaches
 
@@ -538,6 +551,7 @@ class Backbone:
         texts = [text for text in probes for _ in range(len(layers) + 1)]
         alone = {id(text): self._states([self._row(text, Framing())], NO_ADAPTERS) for text in probes}
         if not self._reproduces(texts, [alone[id(text)] for text in texts], shares(texts, own_from)):
+            self._sharing.close()
             self._sharing = None
 
     @torch.inference_mode()

@@ -5,6 +5,7 @@ before the layer at which a copy's adapter first acts, its rows come back, as th
 texts that it sees and the arguments that go with their rows, so the model itself notices nothing.
 """
 
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -111,24 +112,43 @@ def lay_out(
     return stages
 
 
+class _Running(threading.local):
+    """The forward of a thread, if it goes through stages."""
+
+    staged: "_Staged | None" = None
+
+
 class Sharing:
-    """The layers of a model, for forwards in which copies of a text share some."""
+    """The layers of a model, for forwards in which copies of a text share some; several threads may run some at once."""
 
     def __init__(self, layers: Sequence[nn.Module], layer_of: Mapping[Site, int]) -> None:
-        """`layers` run once each, in this order. `layer_of`: the one that a site is passed in, see `watched`."""
+        """`layers` run once each, in this order; they are hooked until `close`. `layer_of`: the one that a site is
+        passed in, see `watched`."""
         self._layers = layers
         self._layer_of = layer_of
         self._first: dict[str, int] = {}  # by form
+        self._running = _Running()
+        self._hooks = [
+            layer.register_forward_pre_hook(partial(self._enter, index), with_kwargs=True)
+            for index, layer in enumerate(layers)
+        ]
+        self._hooks.append(layers[-1].register_forward_hook(self._leave))
+
+    def close(self) -> None:
+        """The layers are as they were."""
+        for hook in self._hooks:
+            hook.remove()
 
     def first_layer(self, adapter: AdapterWeights | None) -> int:
         """The first layer at which a text needs rows of its own for an adapter; the number of layers if none does."""
         if adapter is None:
             return len(self._layers)
-        if adapter.form not in self._first:  # adapters of one form act at the same sites
+        first = self._first.get(adapter.form)  # adapters of one form act at the same sites
+        if first is None:
             if len(self._first) >= MAX_FORMS:
                 self._first.clear()
-            self._first[adapter.form] = self._find_first(adapter)
-        return self._first[adapter.form]
+            first = self._first[adapter.form] = self._find_first(adapter)
+        return first
 
     def _find_first(self, adapter: AdapterWeights) -> int:
         if adapter.alone or adapter.framing != Framing():
@@ -150,21 +170,23 @@ class Sharing:
     @contextmanager
     def running(self, stages: Sequence[Stage], size: int) -> Iterator[None]:
         """The forward within, of `size` rows, goes through the stages."""
-        staged = _Staged(stages, size, len(self._layers))
-        hooks = [
-            layer.register_forward_pre_hook(partial(staged.enter, index), with_kwargs=True)
-            for index, layer in enumerate(self._layers)
-        ]
-        hooks.append(self._layers[-1].register_forward_hook(staged.leave))
+        self._running.staged = _Staged(stages, size, len(self._layers))
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
+            self._running.staged = None
+
+    def _enter(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        staged = self._running.staged
+        return None if staged is None else staged.enter(index, args, kwargs)
+
+    def _leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        staged = self._running.staged
+        return None if staged is None else staged.leave(output)
 
 
 class _Staged:
-    """The hooks of one forward."""
+    """A forward on its way through the stages."""
 
     def __init__(self, stages: Sequence[Stage], size: int, layers: int) -> None:
         self._stages = stages
@@ -172,13 +194,15 @@ class _Staged:
         self._layers = layers
         self._next = 0  # stage to come
 
-    def enter(self, index: int, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def enter(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """What layer `index` is given, of what it would be given without stages."""
         states = self._advance(index, args[0])
         stage = self._stages[self._next - 1]
         others = tuple(stage.cut(value, self._size) for value in args[1:])
         return (states, *others), {name: stage.cut(value, self._size) for name, value in kwargs.items()}
 
-    def leave(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def leave(self, output: Tensor) -> Tensor:
+        """What the last layer's output becomes."""
         return self._advance(self._layers, output)
 
     def _advance(self, index: int, states: Tensor) -> Tensor:

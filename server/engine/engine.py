@@ -39,7 +39,7 @@ from server.engine.runner import Runner
 from server.engine.scheduler import Scheduler
 from server.engine.shadows import Answered, Shadows
 from server.engine.warmup import WarmUp
-from server.engine.worker import QueuedRow, Worker
+from server.engine.worker import QueuedRow, Streams, Worker
 from server.errors import (
     AdapterdError,
     AdapterQuarantined,
@@ -157,6 +157,7 @@ class Engine:
         """To be held from before an upload's bytes are read."""
         self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader")
         self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer")
+        streams = Streams.of(backbone.device, settings.streams)
         scheduler = Scheduler[QueuedRow](
             max_batch_tokens=settings.max_batch_tokens,
             max_queue_tokens=settings.max_queue_tokens,
@@ -165,12 +166,13 @@ class Engine:
             aging_seconds=settings.priority_aging_seconds,
             delay_seconds=settings.max_batch_delay_ms / 1000,
             batch_seconds=settings.max_batch_ms / 1000,
+            streams=streams.count,
         )
         self._clock = clock
         self._quarantine = Quarantine(
             metrics, failures=settings.quarantine_failures, pause_seconds=settings.quarantine_seconds, clock=clock
         )
-        self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine, tracing)
+        self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine, tracing, streams)
         # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
         # texts, each for many adapters, would hold the device for minutes.
         self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens

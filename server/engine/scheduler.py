@@ -15,6 +15,9 @@ Admission is fair as well. A request is refused for what waits of its own priori
 would wait for; and one adapter may queue no more than three times the room that is left (dynamic thresholds: Choudhury
 and Hahne, IEEE/ACM Transactions on Networking, 1998), so that a hot one leaves room for all others.
 
+A device may run several batches side by side, its streams. While some of them are idle, what waits is dealt out to
+them in smaller batches.
+
 Knows tokens and order, nothing of tensors, adapters or threads; the engine holds its lock around every call.
 """
 
@@ -51,6 +54,9 @@ FORGOTTEN = 256
 
 SMOOTHING = 0.1
 """Weight of the newest batch in the estimate of the throughput."""
+
+SPREAD_TOKENS = 128
+"""What waits is dealt out to idle streams in batches of no less: below that, each costs nearly as much as a whole."""
 
 SHRUNK_SECONDS = 30.0
 """How long batches stay small after the device ran out of memory; then their budget doubles, and again."""
@@ -232,8 +238,10 @@ class Scheduler(Generic[WorkT]):
         aging_seconds: float = math.inf,
         delay_seconds: float = 0.0,
         batch_seconds: float = math.inf,
+        streams: int = 1,
     ) -> None:
-        """`clock` gives seconds; only differences count. `weight(adapter)`: its share, above 0.
+        """`clock` gives seconds; only differences count. `weight(adapter)`: its share, above 0. `streams`: batches that
+        run side by side.
 
         `aging_seconds`: how long a lower priority may be passed over. `delay_seconds`: how long a batch that is not
         full waits for more. `batch_seconds`: how long a batch should take while work waits; budgets are made to that
@@ -242,6 +250,7 @@ class Scheduler(Generic[WorkT]):
         self._max_batch_tokens = self._affordable = max_batch_tokens
         self._batch_seconds = batch_seconds
         self._max_queue_tokens = max_queue_tokens
+        self._streams = streams
         self._clock = clock
         self._aging_seconds = aging_seconds
         self._delay_seconds = delay_seconds
@@ -250,7 +259,7 @@ class Scheduler(Generic[WorkT]):
         self._deadlines: list[tuple[float, int, Priority]] = []
         """A heap of deadlines, numbers and priorities of units; not of the units, which may be done long before."""
         self._shrunk_until = 0.0
-        self._throughput: tuple[float, float] | None = None  # smoothed tokens and seconds of a batch
+        self._measured: tuple[float, float] | None = None  # smoothed tokens and seconds of a batch
 
     @property
     def tokens(self) -> dict[Priority, int]:
@@ -265,14 +274,19 @@ class Scheduler(Generic[WorkT]):
     @property
     def budget(self) -> int:
         """Tokens of a batch, for now."""
-        quick = (self.throughput or math.inf) * self._batch_seconds
+        quick = (self._speed or math.inf) * self._batch_seconds
         return int(min(self._affordable, max(QUANTUM, quick)))
 
     @property
     def throughput(self) -> float | None:
-        """Tokens a second, of batches that left work waiting: what there is when little is to do tells nothing. None:
-        there was none yet."""
-        return self._throughput[0] / self._throughput[1] if self._throughput else None
+        """Tokens a second of all streams, by batches that left work waiting: what there is when little is to do tells
+        nothing. None: there was none yet."""
+        return self._speed * self._streams if self._speed else None
+
+    @property
+    def _speed(self) -> float | None:
+        """The same of one stream, while the others run as well."""
+        return self._measured[0] / self._measured[1] if self._measured else None
 
     def check(self, adapter: str, tokens: int, terms: Terms) -> None:
         """Raises Overloaded where a request of so many tokens would be refused now.
@@ -325,7 +339,7 @@ class Scheduler(Generic[WorkT]):
     def expire(self) -> list[WorkT]:
         """Takes what is past its deadline, or would be at the end of the next batch: before it costs anything."""
         expired: list[WorkT] = []
-        ready = self._clock() + self._seconds(min(self.budget, sum(self.tokens.values())))
+        ready = self._clock() + self._streams * self._seconds(min(self.budget, sum(self.tokens.values())))
         while self._deadlines and self._deadlines[0][0] <= ready:
             _, number, priority = heapq.heappop(self._deadlines)
             line = self._rounds[priority]
@@ -351,12 +365,14 @@ class Scheduler(Generic[WorkT]):
             return 0.0
         return max(0.0, oldest + self._delay_seconds - self._clock())
 
-    def next_batch(self) -> Batch[WorkT] | None:
-        """What runs next within the budget, at least one piece; None if nothing waits."""
+    def next_batch(self, idle: int = 1) -> Batch[WorkT] | None:
+        """What runs next within the budget, at least one piece; None if nothing waits. `idle`: streams that could take
+        some of it, this one among them."""
         now = self._clock()
         self._grow(now)
         budget = self.budget
-        filling = _Filling[WorkT](now)
+        waiting = sum(self.tokens.values())
+        filling = _Filling[WorkT](now, max(SPREAD_TOKENS, -(-waiting // idle)) if idle > 1 else budget)
         aged = [
             (oldest.admitted, line)
             for priority, line in self._rounds.items()
@@ -373,12 +389,12 @@ class Scheduler(Generic[WorkT]):
         return Batch(filling.work, filling.waits, filling.sizes, filling.tokens, backlog=any(self.tokens.values()))
 
     def ran(self, tokens: int, seconds: float) -> None:
-        """A batch took so long, from the end of the one before, both of which left work waiting."""
-        if self._throughput is None:
-            self._throughput = float(tokens), max(seconds, 1e-9)
+        """A batch took so long, from the end of its stream's last, both of which left work waiting."""
+        if self._measured is None:
+            self._measured = float(tokens), max(seconds, 1e-9)
         else:
-            before_tokens, before_seconds = self._throughput
-            self._throughput = (
+            before_tokens, before_seconds = self._measured
+            self._measured = (
                 before_tokens + SMOOTHING * (tokens - before_tokens),
                 before_seconds + SMOOTHING * (seconds - before_seconds),
             )
@@ -417,7 +433,8 @@ class Scheduler(Generic[WorkT]):
             return
         left = terms.deadline - self._clock()
         fits = left / HEADROOM
-        running = self.budget  # tokens of the batch that runs now; nobody counts them
+        # Tokens that run now, which nobody counts, and those that run beside the request's own batch.
+        running = (2 * self._streams - 1) * self.budget
         if self._seconds(ahead + tokens + running) <= fits:
             return
         line = self._rounds[terms.priority]
@@ -448,12 +465,14 @@ class Scheduler(Generic[WorkT]):
 class _Filling(Generic[WorkT]):
     """A batch while it is put together."""
 
-    def __init__(self, now: float) -> None:
+    def __init__(self, now: float, spread: int) -> None:
+        """`spread`: tokens after which the rest is left to others, unless it is to run together."""
         self.work: list[WorkT] = []
         self.waits: list[float] = []
         self.sizes: list[int] = []
         self.tokens = 0
         self._now = now
+        self._spread = spread
 
     def fill(self, line: _Round[WorkT], limit: int, budget: int) -> None:
         """Takes the units whose turn it is, up to `limit` tokens; where there is nothing yet, the first one anyway,
@@ -461,7 +480,7 @@ class _Filling(Generic[WorkT]):
         while (unit := line.first()) is not None:
             if not self.work:
                 pieces = _fitting(unit.pieces, budget)
-            elif self.tokens + unit.tokens <= limit:
+            elif self.tokens + unit.tokens <= (limit if unit.terms.strict else min(limit, self._spread)):
                 pieces = unit.pieces
             else:
                 return

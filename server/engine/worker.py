@@ -1,11 +1,12 @@
-"""The one thread that owns the device: takes batches from the scheduler, runs them, and ends every future."""
+"""The threads that own the device, one for each of its streams: they take batches from the scheduler, run them, and end
+every future."""
 
 import threading
 import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from server.tracing import OFF, Attributes, Place, Tracing, about
 
 log = get_logger("adapterd.worker")
 
+MAX_STREAMS = 4
+"""Unless more are asked for. Each takes turns with the others on Python's lock."""
+
 STOP_SECONDS = 3.0
 """How long stopping waits for the running batch. A device that hangs must not keep the process."""
 
@@ -35,6 +39,8 @@ class Ticket:
     def __init__(self, size: int, strict: bool = False, place: Place | None = None) -> None:
         """`size`: answers to wait for. `strict`: see Terms. `place`: where it stands in a trace."""
         self.future: Future[list[Any]] = Future()
+        self._lock = threading.Lock()  # rows may run in several streams at once; not held while the future ends
+        self._ending = False
         self._answers: list[Any] = [None] * size
         self.outcome = ANSWERED
         """What has become of it up to now; else `cancelled`, or the code of an error."""
@@ -57,16 +63,23 @@ class Ticket:
 
     def put(self, index: int, answer: Any) -> None:
         """The answer to one row."""
-        self._answers[index] = answer
-        self.missing -= 1
-        if self.missing == 0 and self.future.set_running_or_notify_cancel():
+        with self._lock:
+            self._answers[index] = answer
+            self.missing -= 1
+        if self.missing == 0 and self._ends():
             self.future.set_result(self._answers)
 
     def fail(self, error: BaseException) -> None:
         """Ends the request with an error, if it has not ended yet."""
-        if not self.ended and self.future.set_running_or_notify_cancel():
+        if self._ends():
             self.outcome = error.error_code if isinstance(error, AdapterdError) else AdapterdError.code
             self.future.set_exception(error)
+
+    def _ends(self) -> bool:
+        """Whether it is the caller's to end the future: the first one's, if nobody has cancelled it."""
+        with self._lock:
+            first, self._ending = not self._ending, True
+        return first and self.future.set_running_or_notify_cancel()
 
     def fail_for(self, index: int, error: BaseException) -> None:
         """The same because of one row."""
@@ -115,6 +128,29 @@ _Outcomes = dict[AdapterRef, AdapterdError | None]
 """Of a batch that failed: adapters none of whose rows could be answered, and why; None: some could."""
 
 
+@dataclass(frozen=True, slots=True)
+class Streams:
+    """How a device runs batches: so many side by side."""
+
+    count: int = 1
+    threads: int | None = None
+    """Processors that each of them computes on; None: all that torch has."""
+
+    @classmethod
+    def of(cls, device: torch.device, count: int = 0) -> "Streams":
+        """For a device; 0: as many as serve it best.
+
+        On a CPU, batches on one processor each beat one batch on all of them: what adapters and short texts make of a
+        forward is many small products, for which the processors meet and wait for each other, and for whoever else
+        keeps one of them busy. A GPU runs one batch after the other anyway.
+        """
+        if device.type != "cpu":
+            return cls(count or 1)
+        processors = torch.get_num_threads()
+        count = count or min(processors, MAX_STREAMS)
+        return cls(count, max(1, processors // count))
+
+
 class Worker:
     """Runs batches until it is stopped. What it is given always ends: in an answer or in an error."""
 
@@ -125,8 +161,9 @@ class Worker:
         metrics: Metrics,
         quarantine: Quarantine | None = None,
         tracing: Tracing = OFF,
+        streams: Streams = Streams(),
     ) -> None:
-        """Takes the runner and the scheduler over."""
+        """Takes the runner and the scheduler over; the runner has to bear as many callers as there are streams."""
         self._runner = runner
         self._scheduler = scheduler
         self._metrics = metrics
@@ -134,26 +171,35 @@ class Worker:
         self._quarantine = quarantine or Quarantine(metrics)
         self._changed = threading.Condition()
         self._stopping = False
-        self._running: list[QueuedRow] = []
-        self._thread = threading.Thread(target=self._work, name="adapterd-device", daemon=True)
+        self._streams = streams
+        self._idle = 0
+        self._running: list[Sequence[QueuedRow]] = [()] * streams.count
+        """The batch of each stream."""
+        self._threads = [
+            threading.Thread(target=self._work, args=(stream,), name=f"adapterd-device-{stream}", daemon=True)
+            for stream in range(streams.count)
+        ]
         self.recent = RecentBatches()
         """Those that ran last."""
         self.crashed = False
-        """The thread has died, which it never should."""
+        """A thread has died, which none ever should."""
 
     @property
     def alive(self) -> bool:
         """Whether it takes work."""
-        return self._thread.is_alive() and not self._stopping
+        return not self._stopping and all(thread.is_alive() for thread in self._threads)
 
     def start(self) -> None:
-        """Starts the thread."""
-        self._thread.start()
+        """Starts the threads."""
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """Finishes the running batch; what still waits fails with ShuttingDown."""
+        """Finishes the running batches; what still waits fails with ShuttingDown."""
         self._close(ShuttingDown("the server is shutting down"))
-        self._thread.join(STOP_SECONDS)
+        until = time.monotonic() + STOP_SECONDS
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def check(self, refs: Sequence[AdapterRef | None], rows: int, terms: Terms) -> None:
         """Raises what `submit` would for so many rows, however short, and AdapterQuarantined: before a request costs
@@ -169,7 +215,7 @@ class Worker:
     def load(self) -> Load:
         """What runs and what waits now."""
         with self._changed:
-            running, waiting = self._running, list(self._scheduler.waiting())
+            running, waiting = list(chain.from_iterable(self._running)), list(self._scheduler.waiting())
             share = self._scheduler.share
         running_tickets = {queued.ticket for queued in running}
         return Load(
@@ -206,7 +252,9 @@ class Worker:
             with self._changed:
                 self._scheduler.discard(units)
                 self._measure_queue()
-                running = ticket.place is not None and any(queued.ticket is ticket for queued in self._running)
+                running = ticket.place is not None and any(
+                    queued.ticket is ticket for queued in chain.from_iterable(self._running)
+                )
             if ticket.place is not None and not running:
                 self._tracing.never_ran(ticket.place, ticket.outcome)
 
@@ -222,13 +270,15 @@ class Worker:
             self._stopping = True
             waiting = self._scheduler.drain()
             self._measure_queue()
-            self._changed.notify()
+            self._changed.notify_all()
         _fail(waiting, reason)
 
-    def _work(self) -> None:
+    def _work(self, stream: int) -> None:
         try:
+            if self._streams.threads is not None:
+                torch.set_num_threads(self._streams.threads)
             backlog, ended = False, 0.0
-            while (batch := self._next_batch()) is not None:
+            while (batch := self._next_batch(stream)) is not None:
                 started = time.perf_counter()
                 self._run(batch.work)
                 before, ended = ended, time.perf_counter()
@@ -236,27 +286,33 @@ class Worker:
                     self._measure_throughput(batch.tokens, ended - before)
                 self._measure(batch, ended - started)
                 backlog = batch.backlog
-                self._running = []
+                self._running[stream] = ()
         except BaseException as error:
             log.critical("the device's thread has died", exc_info=error)
             self.crashed = True
             reason = DeviceStopped("the device's thread has died; the server has to be restarted")
-            _fail(self._running, reason)
+            _fail(self._running[stream], reason)
             self._close(reason)
 
-    def _next_batch(self) -> Batch[QueuedRow] | None:
+    def _next_batch(self, stream: int) -> Batch[QueuedRow] | None:
         """Waits for work; None when stopped."""
         with self._changed:
-            while not self._stopping:
-                _fail(self._scheduler.expire(), DeadlineExceeded("the request waited until its deadline"))
-                pause = self._scheduler.pause()
-                batch = self._scheduler.next_batch() if pause == 0 else None
-                self._measure_queue()
-                if batch is not None:
-                    self._running = batch.work
-                    return batch
-                self._changed.wait(pause)
-            return None
+            self._idle += 1
+            try:
+                while not self._stopping:
+                    _fail(self._scheduler.expire(), DeadlineExceeded("the request waited until its deadline"))
+                    pause = self._scheduler.pause()
+                    batch = self._scheduler.next_batch(self._idle) if pause == 0 else None
+                    self._measure_queue()
+                    if batch is not None:
+                        self._running[stream] = batch.work
+                        if batch.backlog:
+                            self._changed.notify()  # the next idle stream
+                        return batch
+                    self._changed.wait(pause)
+                return None
+            finally:
+                self._idle -= 1
 
     def _run(self, work: Sequence[QueuedRow]) -> None:
         outcomes: _Outcomes = {}
