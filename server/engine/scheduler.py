@@ -8,6 +8,10 @@ adapters have work waiting, the tokens that they get, each divided by its weight
 the two largest units; and within a round each gets its quantum. Batches are cut from that one order, so a batch has
 rows of many adapters.
 
+Who asks for little need not wait for those who always have work waiting: an adapter that had none is served before the
+round, for a quantum at most, and has to let the round pass before it can be again (the new and old queues of FQ-CoDel,
+RFC 8290).
+
 Priorities are strict: work of a lower one fills what the higher ones leave of a batch. Aging keeps it from starving: a
 priority whose oldest work has waited for too long is served first, with up to a quarter of each batch.
 
@@ -128,7 +132,11 @@ class _Round(Generic[WorkT]):
 
     def __init__(self, weight: Callable[[str], float]) -> None:
         self._weight = weight
-        self._flows: OrderedDict[str, _Flow[WorkT]] = OrderedDict()
+        self._flows: dict[str, _Flow[WorkT]] = {}
+        self._new: OrderedDict[str, None] = OrderedDict()
+        """Of the flows, those that had no work waiting; they come first."""
+        self._old: OrderedDict[str, None] = OrderedDict()
+        """The others."""
         self.units: OrderedDict[int, Unit[WorkT]] = OrderedDict()
         """All that wait, the oldest first."""
         self.tokens = 0
@@ -148,7 +156,7 @@ class _Round(Generic[WorkT]):
 
     def add(self, unit: Unit[WorkT]) -> None:
         """At the end of its adapter's queue."""
-        flow = self._flow(unit.adapter)
+        flow = self._flow(unit.adapter, self._new)
         flow.units[unit.number] = self.units[unit.number] = unit
         flow.tokens += unit.tokens
         self.tokens += unit.tokens
@@ -161,26 +169,39 @@ class _Round(Generic[WorkT]):
         flow.tokens -= unit.tokens
         self.tokens -= unit.tokens
         if not self.units:
-            self._flows.clear()  # with nobody else waiting, nobody owes anything
+            for flows in (self._flows, self._new, self._old):
+                flows.clear()  # with nobody else waiting, nobody owes anything
+        elif not flow.units and unit.adapter in self._new:
+            flow.credit = min(flow.credit, 0.0)
+            self._grow_old(unit.adapter)
         elif not flow.units and flow.credit >= 0:
-            del self._flows[unit.adapter]
+            self._forget(unit.adapter)
 
     def first(self) -> Unit[WorkT] | None:
         """What runs next: the oldest unit of the adapter whose turn it is."""
+        while self._new:
+            name = next(iter(self._new))
+            flow = self._flows[name]
+            if not flow.in_turn:
+                flow.in_turn = True
+                flow.credit += flow.income
+            if flow.credit > 0:
+                return next(iter(flow.units.values()))
+            self._grow_old(name)
         passed = 0
         while self.units:
-            name, flow = next(iter(self._flows.items()))
+            name = next(iter(self._old))
+            flow = self._flows[name]
             if not flow.in_turn:
                 flow.in_turn = True
                 flow.credit += flow.income
             if flow.units and flow.credit > 0:
                 return next(iter(flow.units.values()))
-            flow.in_turn = False
-            self._flows.move_to_end(name)
+            self._grow_old(name)
             if not flow.units and flow.credit >= 0:
-                del self._flows[name]
+                self._forget(name)
             passed += 1
-            if passed > len(self._flows):
+            if passed > len(self._old):
                 self._pass_rounds()
                 passed = 0
         return None
@@ -202,7 +223,7 @@ class _Round(Generic[WorkT]):
         """Charges an adapter for a piece in another's queue. What of it was paid that way."""
         if piece.adapter == owner:
             return 0.0
-        flow = self._flow(piece.adapter)
+        flow = self._flow(piece.adapter, self._old)
         limit = flow.income * (BORROWED if flow.units else 1.0)
         paid = min(float(piece.tokens), max(0.0, flow.credit + limit))
         flow.credit -= paid
@@ -215,10 +236,22 @@ class _Round(Generic[WorkT]):
         for flow in self._flows.values():
             flow.credit += rounds * flow.income
 
-    def _flow(self, adapter: str) -> _Flow[WorkT]:
+    def _flow(self, adapter: str, queue: OrderedDict[str, None]) -> _Flow[WorkT]:
+        """An adapter's, which joins a queue if it is in none."""
         if adapter not in self._flows:
             self._flows[adapter] = _Flow(self._weight(adapter), OrderedDict())
+            queue[adapter] = None
         return self._flows[adapter]
+
+    def _grow_old(self, adapter: str) -> None:
+        """Its turn is over: it is the last of the old ones."""
+        self._flows[adapter].in_turn = False
+        self._new.pop(adapter, None)
+        self._old[adapter] = None
+        self._old.move_to_end(adapter)
+
+    def _forget(self, adapter: str) -> None:
+        del self._flows[adapter], self._old[adapter]
 
 
 class Scheduler(Generic[WorkT]):
