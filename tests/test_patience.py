@@ -108,6 +108,12 @@ def test_the_shortest_timeout_counts(
     assert series(client, "adapterd_expired_total") == {"": 1}
 
 
+def test_a_deadline_that_passes_is_no_fault(client: TestClient, held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    refused(ask(client, timeout_ms=20), 504, code="deadline_exceeded")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    held.gate.set()
+
+
 def test_the_servers_own_timeout_holds_for_everybody(bert: Backbone, pool: ThreadPoolExecutor) -> None:
     app = create_app(Settings(request_timeout_seconds=0.05), backbone=bert, store=AdapterStore.open("memory://"))
     with TestClient(app, raise_server_exceptions=False) as client:
