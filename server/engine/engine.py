@@ -399,11 +399,12 @@ class Engine:
         chosen = [await self._choose(name, request) for name in request.adapters]
         self._tracing.note(about([choice.ref for choice in chosen]))
         cut = Cut(request.truncate, request.long)
+        refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
+        self._pipeline.check(refs, request.inputs, cut, terms)  # before the store is asked for adapters
         async with AsyncExitStack() as leases:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
             for name, adapter in zip(request.adapters, adapters, strict=False):
                 _check_route(name, adapter, request.route)
-            refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
             names = request.adapters if len(request.adapters) > 1 else [None]
             jobs = [
                 Job(adapter, request.options, ref, name)
