@@ -15,7 +15,7 @@ from server.api.compat import tei
 from server.api.compat.common import AnyObject, ask, error_answers, parsed, refused
 from server.api.deps import PATIENCE, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
-from server.api.task_schemas import Questions, Text, TextItems, Texts
+from server.api.task_schemas import Questions, Text, TextItems, Texts, text_inputs
 from server.core import (
     Activation,
     Aggregation,
@@ -139,7 +139,7 @@ async def _classify(name: str, fields: dict[str, Any], engine: Engine, settings:
     body = parsed(ClassifyInference, fields)
     wanted = body.parameters or ClassifyParameters()
     options = ClassifyOptions(wanted.top_k, wanted.function_to_apply)
-    answer = await ask(Route.CLASSIFY, name, [one.item() for one in body.inputs], options, engine, settings)
+    answer = await ask(Route.CLASSIFY, name, text_inputs(body.inputs), options, engine, settings)
     # a list in a list for one text as well: the client takes the first
     return [[{"label": one.label, "score": one.score} for one in labels] for labels in answer.predictions]
 
