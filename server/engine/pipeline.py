@@ -217,11 +217,9 @@ def at_least(inputs: Sequence[TextInput], special: int, longest: int | None) -> 
     """
     left, tokens = COUNTED_CHARACTERS, 0
     for one in inputs:
-        own = special
-        for text in (one.text, one.pair or ""):
-            start = text[:left]
-            left -= len(start)
-            own += len(start.split())
+        text = one.text[:left] if one.pair is None else f"{one.text[:left]} {one.pair[:left]}"[:left]
+        left -= len(text)
+        own = special + len(text.split())
         tokens += own if longest is None else min(own, longest)
     return tokens
 
