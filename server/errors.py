@@ -238,6 +238,7 @@ class DeadlineExceeded(AdapterdError):
     status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
+    fault = False
 
 
 class CorruptVersion(AdapterdError):

@@ -71,6 +71,11 @@ def ask(client: TestClient, headers: dict[str, str] | None = None, **body: Any) 
     return client.post("/classify", json=BODY | body, headers=headers)
 
 
+def version_of(client: TestClient, name: str) -> str:
+    """The version that serves."""
+    return str(client.get(f"/admin/adapters/{name}").json()["version"])
+
+
 def busy(client: TestClient, held: Held, pool: ThreadPoolExecutor) -> Future[Any]:
     """A request that holds the device."""
     request = pool.submit(ask, client)
@@ -106,6 +111,12 @@ def test_the_shortest_timeout_counts(
     assert first.result().status_code == 200
     assert len(held.batches) == 1
     assert series(client, "adapterd_expired_total") == {"": 1}
+
+
+def test_a_deadline_that_passes_is_no_fault(client: TestClient, held: Held, caplog: pytest.LogCaptureFixture) -> None:
+    refused(ask(client, timeout_ms=20), 504, code="deadline_exceeded")
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    held.gate.set()
 
 
 def test_the_servers_own_timeout_holds_for_everybody(bert: Backbone, pool: ThreadPoolExecutor) -> None:
@@ -211,6 +222,40 @@ def test_a_refused_request_is_not_tokenized(
     refused(ask(client), 429)
     held.gate.set()
     assert {first.result().status_code, second.result().status_code} == {200}
+
+
+def test_a_request_is_refused_for_what_its_words_come_to(
+    client: TestClient, held: Held, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = busy(client, held, pool)
+    second = pool.submit(ask, client, adapter="two", inputs=" ".join(["w1"] * 198))
+    held.wait_for(lambda: held.waiting == 1)
+    monkeypatch.setattr(engine_of(client)._pipeline, "_encode", None)
+    for inputs in (["w1 " * 65] * 3, [{"text": "w1", "text_pair": "w1 " * 65}] * 3):  # 200 tokens fit
+        refused(ask(client, inputs=inputs), 429, code="overloaded")
+    refused(client.post("/classify", json={"adapters": ["one", "two"], "inputs": "w1 " * 100}), 429)
+    refused(ask(client, inputs="w1 " * 1000, long="window"), 429)
+    monkeypatch.undo()
+    held.gate.set()
+    assert {first.result().status_code, second.result().status_code} == {200}
+
+
+def test_a_refused_request_brings_no_adapter_into_memory(
+    client: TestClient, held: Held, pool: ThreadPoolExecutor
+) -> None:
+    residency = engine_of(client)._residency
+    cold = version_of(client, "two")
+    assert client.portal is not None
+    client.portal.call(residency.retire, cold)
+    first = busy(client, held, pool)
+    second = pool.submit(ask, client, inputs=[" ".join(["w1"] * 198)] * 2)
+    held.wait_for(lambda: held.waiting == 2)
+    refused(ask(client, adapter="two"), 429)
+    assert cold not in residency
+    held.gate.set()
+    assert {first.result().status_code, second.result().status_code} == {200}
+    assert ask(client, adapter="two").status_code == 200
+    assert cold in residency
 
 
 def break_adapter(client: TestClient, name: str, patched: pytest.MonkeyPatch) -> None:

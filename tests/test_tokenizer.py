@@ -16,6 +16,7 @@ from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
 from server.backbone.tokenizer import PREFIX_CHARACTERS, SHORTEST_WINDOW, Tokenizer, longest_first
 from server.core import Encoding, TextInput
+from server.engine.pipeline import COUNTED_CHARACTERS, at_least
 from server.errors import InvalidRequest, TooLarge
 
 KINDS = ("wordpiece", "bytes", "unigram")
@@ -296,6 +297,35 @@ def test_lengths_are_those_of_what_is_made(
     with pytest.raises(TooLarge) as caught:
         tokenizer.windows(given_texts, reserved=reserved, max_tokens=sum(lengths) - 1)
     assert (caught.value.param, caught.value.error_code) == ("inputs", "too_many_tokens")
+
+
+WORDS = [
+    "Berlin", "isn't", "e.g.", "2015", "x" * 130, "🚀", "👩‍👩‍👧‍👦", "東京で生まれた", "Cafe\u0301", "Zażółć", "##ing",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@quick
+@given(
+    inputs=st.lists(st.tuples(*[st.lists(st.sampled_from(WORDS), max_size=40)] * 2), min_size=1, max_size=3),
+    space=st.sampled_from([" ", "  ", "\n", " \u3000"]),
+    max_tokens=st.sampled_from([24, 512]),
+)
+def test_words_tell_how_many_tokens_there_are_at_least(
+    kind: str, inputs: list[tuple[list[str], list[str]]], space: str, max_tokens: int
+) -> None:
+    tokenizer = ours(kind, max_tokens)
+    [special] = tokenizer.lengths([""], windowed=False)
+    texts = [TextInput(*map(space.join, one)) for one in inputs]
+    known = at_least(texts, special, max_tokens)
+    assert known <= sum(tokenizer.lengths(texts, windowed=False))
+    assert known >= sum(min(len(first) + len(second), max_tokens) for first, second in inputs)
+    assert at_least(texts, special, None) <= sum(ours(kind, 100_000).lengths(texts, windowed=False))
+
+
+def test_words_are_counted_only_so_far() -> None:
+    texts = [TextInput("word " * COUNTED_CHARACTERS), TextInput("word", "word")]
+    assert at_least(texts, 2, None) == -(-COUNTED_CHARACTERS // 5) + 4
 
 
 @pytest.mark.parametrize("windowed", [True, False])

@@ -375,6 +375,8 @@ class AdapterWeights:
     form: str = ""
     """Method, and a digest of all methods and hyperparameters. Adapters of the same form, side by side, are computed
     together best; batches are sorted by it, so it is short."""
+    framing: Framing = Framing()
+    """What it does to the frame of its texts."""
 
     @classmethod
     def of(cls, parts: Sequence[Part], tensors: Mapping[str, Tensor], host: Host) -> "AdapterWeights":
@@ -382,17 +384,14 @@ class AdapterWeights:
         bound = tuple(part.bind(tensors, host) for part in parts)
         shared = any(host.spec.sites[site].reach is Reach.SHARED for part in bound for site in part.sites)
         form = f"{parts[0].method.name} {hashlib.sha256(''.join(part.form for part in parts).encode()).hexdigest()}"
-        return cls(bound, shared, form)
+        # at most one part does something to it
+        framing = next((part.framing for part in bound if part.framing != Framing()), Framing())
+        return cls(bound, shared, form, framing)
 
     @property
     def method(self) -> Method:
         """The method that names the adapter."""
         return self.parts[0].method
-
-    @property
-    def framing(self) -> Framing:
-        """What it does to the frame of its texts: at most one part does something."""
-        return next((part.framing for part in self.parts if part.framing != Framing()), Framing())
 
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,16 +1,21 @@
 """What routes are given. Coroutines, since FastAPI would hand plain functions to a thread for each request."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextvars import ContextVar
-from typing import Annotated
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Header, Request
+from starlette.types import Receive
 
 from server.engine.engine import Engine
 from server.errors import ClientGone
 from server.metrics import Metrics
 from server.settings import Settings
+
+T = TypeVar("T")
+
+MAX_TIMEOUT_MS = 24 * 60 * 60 * 1000
 
 
 async def get_engine(request: Request) -> Engine:
@@ -31,18 +36,52 @@ async def get_metrics(request: Request) -> Metrics:
     return metrics
 
 
-MAX_TIMEOUT_MS = 24 * 60 * 60 * 1000
+@dataclass(frozen=True, slots=True)
+class Client:
+    """Who asks a task, as far as the answer depends on it, and what answers. One dependency, for what each costs."""
 
-_timeout_ms: ContextVar[int | None] = ContextVar("timeout_ms", default=None)
+    engine: Engine
+    settings: Settings
+    timeout_seconds: float | None
+    """How long it waits, if its header says so."""
+    receive: Receive
+    """Tells when it hangs up. The body has been read."""
+
+    async def wait_for(self, work: Awaitable[T]) -> T:
+        """What comes of some work, which is cancelled when the client hangs up; ClientGone then.
+
+        Work that is done at once, as a request that is refused, is not watched at all.
+        """
+        working = asyncio.current_task()
+        assert working is not None, "routes run in tasks"
+        watching: asyncio.Task[None] | None = None
+        gone = False
+
+        def start() -> None:
+            nonlocal watching
+            watching = asyncio.create_task(watch())
+
+        async def watch() -> None:
+            nonlocal gone
+            while (await self.receive())["type"] != "http.disconnect":
+                pass
+            gone = True
+            working.cancel()
+
+        starting = asyncio.get_running_loop().call_soon(start)
+        try:
+            return await work
+        except asyncio.CancelledError:
+            if gone and working.uncancel() == 0:
+                raise ClientGone("the client closed the connection") from None
+            raise
+        finally:
+            starting.cancel()
+            if watching is not None:
+                watching.cancel()
 
 
-def asked_timeout() -> float | None:
-    """How long the client of the request in hand waits, in seconds, if its header says so."""
-    asked = _timeout_ms.get()
-    return None if asked is None else asked / 1000
-
-
-async def _patience(
+async def get_client(
     request: Request,
     timeout_ms: Annotated[
         int | None,
@@ -53,37 +92,13 @@ async def _patience(
             description="How long the answer may take, in milliseconds; then 504.",
         ),
     ] = None,
-) -> AsyncIterator[None]:
-    """Notes how long the client waits, and gives the request up when it hangs up before that."""
-    _timeout_ms.set(timeout_ms)
-    working = asyncio.current_task()
-    assert working is not None, "routes run in tasks"
-    gone = False
-
-    async def watch() -> None:
-        nonlocal gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone = True
-        working.cancel()
-
-    watching = asyncio.create_task(watch())
-    try:
-        yield
-    except asyncio.CancelledError:
-        if gone and working.uncancel() == 0:
-            raise ClientGone("the client closed the connection") from None
-        raise
-    finally:
-        watching.cancel()
+) -> Client:
+    """The client of a route that runs tasks."""
+    state = request.app.state
+    return Client(state.engine, state.settings, None if timeout_ms is None else timeout_ms / 1000, request.receive)
 
 
-PATIENCE = [Depends(_patience, scope="function")]
-"""For routes that run tasks and change nothing: they end with their client's patience.
-
-Over before the answer is sent, since the connection's end means nothing any more then.
-"""
-
+ClientDep = Annotated[Client, Depends(get_client)]
 EngineDep = Annotated[Engine, Depends(get_engine)]
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 MetricsDep = Annotated[Metrics, Depends(get_metrics)]

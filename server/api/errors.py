@@ -7,9 +7,9 @@ from http import HTTPStatus
 from typing import Any
 
 from asgi_correlation_id import correlation_id
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from pydantic_core import to_json
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -54,7 +54,7 @@ def answer(shapes: Mapping[str, Shape]) -> Callable[[Scope, Receive, Send, Excep
     return send_answer
 
 
-async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exception) -> JSONResponse:
+async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exception) -> Response:
     headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
         status, body = 422, _validation(error)
@@ -75,7 +75,7 @@ async def _handle(shapes: Mapping[str, Shape], request: Request, error: Exceptio
     if status >= 500 and getattr(error, "fault", True):
         log.error("request failed", status=status, code=body.code, error=str(error))
     status, content = _shape(shapes, request.scope["path"])(status, body)
-    return JSONResponse(content, status, headers)
+    return Response(to_json(content), status, headers, "application/json")
 
 
 def _shape(shapes: Mapping[str, Shape], path: str) -> Shape:

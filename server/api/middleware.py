@@ -37,7 +37,8 @@ class Observe:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message).update(self._tracing.answer_headers())
+                if headers := self._tracing.answer_headers():
+                    MutableHeaders(scope=message).update(headers)
             await send(message)
 
         try:

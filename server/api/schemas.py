@@ -1,6 +1,7 @@
 """What goes over the wire. Requests are strict: a wrong type or an unknown field is an error that names it."""
 
 from datetime import datetime
+from functools import cache
 from typing import Annotated, Any, Self
 
 from pydantic import (
@@ -60,10 +61,18 @@ class Body(BaseModel):
         """Only the first unknown field reaches the check that names it: a body may hold a hundred thousand."""
         if not isinstance(body, dict):
             return body
-        names = {alias for field in cls.model_fields.values() for alias in _aliases(field.validation_alias)}
-        known = {name: body[name] for name in (*cls.model_fields, *names) if name in body}
-        unknown = next((name for name in body if name not in known), None)
-        return known if unknown is None else known | {unknown: body[unknown]}
+        names = _names(cls)
+        unknown = next((name for name in body if name not in names), None)
+        if unknown is None:
+            return body
+        return {name: body[name] for name in names if name in body} | {unknown: body[unknown]}
+
+
+@cache
+def _names(model: type[BaseModel]) -> frozenset[str]:
+    """What its fields may be called."""
+    aliases = (alias for field in model.model_fields.values() for alias in _aliases(field.validation_alias))
+    return frozenset((*model.model_fields, *aliases))
 
 
 def _aliases(alias: Any) -> list[str]:

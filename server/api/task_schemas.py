@@ -1,6 +1,7 @@
 """What the routes of tasks take and answer."""
 
 from abc import abstractmethod
+from collections.abc import Iterable
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
@@ -10,6 +11,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     ValidatorFunctionWrapHandler,
     WrapValidator,
 )
@@ -79,14 +81,13 @@ class QuestionItem(Body):
         return TextInput(self.question, self.context)
 
 
-def _text_item(value: Any, parse: ValidatorFunctionWrapHandler) -> TextItem:
-    """Most inputs are plain texts."""
+def _text_item(value: Any) -> str | TextItem:
+    """Most inputs are plain texts, and stay that: a request may hold hundreds."""
     if isinstance(value, str):
-        return TextItem.model_construct(text=_not_blank(value))
+        return _not_blank(value)
     if not isinstance(value, dict):
         raise ValueError("a text is needed, or an object with one")
-    item: TextItem = parse(value)
-    return item
+    return TextItem.model_validate(value)
 
 
 def _question_item(value: Any, parse: ValidatorFunctionWrapHandler) -> QuestionItem:
@@ -101,7 +102,7 @@ def _listed(value: Any) -> Any:
 
 
 TextItems = Annotated[
-    list[Annotated[TextItem, WrapValidator(_text_item, json_schema_input_type=str | TextItem)]],
+    list[Annotated[str | TextItem, PlainValidator(_text_item, json_schema_input_type=str | TextItem)]],
     BeforeValidator(_listed, json_schema_input_type=str | TextItem | list[str | TextItem]),
     Field(min_length=1, description="A text, or a list of texts; with a second text, or marked spans, as an object."),
 ]
@@ -115,6 +116,11 @@ Questions = Annotated[
     BeforeValidator(_listed, json_schema_input_type=QuestionItem | list[QuestionItem]),
     Field(min_length=1, description="A question with its context, or a list of them."),
 ]
+
+
+def text_inputs(items: Iterable[str | TextItem]) -> tuple[TextInput, ...]:
+    """As the engine takes them."""
+    return tuple(TextInput(one) if isinstance(one, str) else one.item() for one in items)
 
 
 class TaskBody(Body):
@@ -191,7 +197,7 @@ class ClassifyBody(TaskBody):
 
     def items(self) -> tuple[TextInput, ...]:
         """The inputs, as the engine takes them."""
-        return tuple(one.item() for one in self.inputs)
+        return text_inputs(self.inputs)
 
     def options(self) -> ClassifyOptions:
         """What is wanted of the answer."""

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 from asgi_correlation_id import correlation_id
 from fastapi import APIRouter
 
-from server.api.deps import PATIENCE, EngineDep, SettingsDep, asked_timeout
+from server.api.deps import Client, ClientDep
 from server.api.errors import RESPONSES
 from server.api.task_schemas import (
     Answer,
@@ -27,41 +27,39 @@ from server.api.task_schemas import (
     Usage,
 )
 from server.core import Route, TaskAnswer, TaskRequest
-from server.engine.engine import Engine
 from server.errors import AdapterdError, InvalidRequest, TooLarge
-from server.settings import Settings
 
-router = APIRouter(tags=["tasks"], responses=RESPONSES, dependencies=PATIENCE)
+router = APIRouter(tags=["tasks"], responses=RESPONSES)
 
 AnswerT = TypeVar("AnswerT", bound=Answer[Any])
 AnswersT = TypeVar("AnswersT", bound=Answers[Any])
 
 
 @router.post(Route.CLASSIFY.path)
-async def classify(body: ClassifyBody, engine: EngineDep, settings: SettingsDep) -> ClassifyAnswer | ClassifyAnswers:
+async def classify(body: ClassifyBody, client: ClientDep) -> ClassifyAnswer | ClassifyAnswers:
     """Classify texts, pairs of texts or marked pieces of them, or measure them, with the adapter that is named."""
-    return rendered(body, await ask(body, Route.CLASSIFY, engine, settings), ClassifyAnswer, ClassifyAnswers)
+    return rendered(body, await ask(body, Route.CLASSIFY, client), ClassifyAnswer, ClassifyAnswers)
 
 
 @router.post(Route.TAG.path)
-async def tag(body: TagBody, engine: EngineDep, settings: SettingsDep) -> TagAnswer | TagAnswers:
+async def tag(body: TagBody, client: ClientDep) -> TagAnswer | TagAnswers:
     """Find entities in texts."""
-    return rendered(body, await ask(body, Route.TAG, engine, settings), TagAnswer, TagAnswers)
+    return rendered(body, await ask(body, Route.TAG, client), TagAnswer, TagAnswers)
 
 
 @router.post(Route.ANSWER.path)
-async def answer(body: AnswerBody, engine: EngineDep, settings: SettingsDep) -> AnswerAnswer | AnswerAnswers:
+async def answer(body: AnswerBody, client: ClientDep) -> AnswerAnswer | AnswerAnswers:
     """Answer questions with pieces of the texts that come with them."""
-    return rendered(body, await ask(body, Route.ANSWER, engine, settings), AnswerAnswer, AnswerAnswers)
+    return rendered(body, await ask(body, Route.ANSWER, client), AnswerAnswer, AnswerAnswers)
 
 
 @router.post(Route.EMBED.path)
-async def embed(body: EmbedBody, engine: EngineDep, settings: SettingsDep) -> EmbedAnswer | EmbedAnswers:
+async def embed(body: EmbedBody, client: ClientDep) -> EmbedAnswer | EmbedAnswers:
     """Make vectors of texts, with an adapter or with the backbone alone."""
-    return rendered(body, await ask(body, Route.EMBED, engine, settings), EmbedAnswer, EmbedAnswers)
+    return rendered(body, await ask(body, Route.EMBED, client), EmbedAnswer, EmbedAnswers)
 
 
-async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) -> list[TaskAnswer]:
+async def ask(body: TaskBody, route: Route, client: Client) -> list[TaskAnswer]:
     """What the adapters of a body say. Raises InvalidRequest, TooLarge and whatever the engine does."""
     request = TaskRequest(
         route=route,
@@ -76,15 +74,16 @@ async def ask(body: TaskBody, route: Route, engine: Engine, settings: Settings) 
         timeout_seconds=body.timeout_ms / 1000 if body.timeout_ms is not None else None,
     )
     try:
-        return await run(request, engine, settings)
+        return await run(request, client)
     except AdapterdError as error:
         if body.adapters is not None and error.param == "adapter":
             raise error.about("adapters") from error
         raise
 
 
-async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[TaskAnswer]:
+async def run(request: TaskRequest, client: Client) -> list[TaskAnswer]:
     """The engine's answers to a request that is no larger than it may be, as long as its client waits for them."""
+    settings = client.settings
     rows = len(request.inputs) * max(len(request.adapters), 1)
     if rows > settings.max_inputs:
         times = f" for {len(request.adapters)} adapters" if len(request.adapters) > 1 else ""
@@ -93,8 +92,9 @@ async def run(request: TaskRequest, engine: Engine, settings: Settings) -> list[
             param="inputs",
             code="too_many_inputs",
         )
-    limits = (request.timeout_seconds, asked_timeout(), settings.request_timeout_seconds)
-    return await engine.run(replace(request, timeout_seconds=min(one for one in limits if one is not None)))
+    limits = (request.timeout_seconds, client.timeout_seconds, settings.request_timeout_seconds)
+    request = replace(request, timeout_seconds=min(one for one in limits if one is not None))
+    return await client.wait_for(client.engine.run(request))
 
 
 def rendered(body: TaskBody, answers: list[TaskAnswer], one: type[AnswerT], many: type[AnswersT]) -> AnswerT | AnswersT:

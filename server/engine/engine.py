@@ -401,11 +401,12 @@ class Engine:
         chosen = [await self._choose(name, request) for name in request.adapters]
         self._tracing.note(about([choice.ref for choice in chosen]))
         cut = Cut(request.truncate, request.long)
+        refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
+        self._pipeline.check(refs, request.inputs, cut, terms)  # before the store is asked for adapters
         async with AsyncExitStack() as leases:
             adapters = await self._lease(leases, chosen) if chosen else [self._bare(request)]
             for name, adapter in zip(request.adapters, adapters, strict=False):
                 _check_route(name, adapter, request.route)
-            refs: Sequence[AdapterRef | None] = [choice.ref for choice in chosen] or [None]
             names = request.adapters if len(request.adapters) > 1 else [None]
             jobs = [
                 Job(adapter, request.options, ref, name)
@@ -459,12 +460,15 @@ class Engine:
         self._metrics.adapter_lookups.labels("miss").inc(len(refs) - hits)
         if len(refs) > 1:
             await self._load_all(refs)
-        async with AsyncExitStack() as turn:
             # Those that are all here are taken at once. Else one request at a time takes them one by one: two that
             # hold some and wait for the rest would wait for each other.
-            if len(refs) > 1 and not all(ref.version in self._residency for ref in refs):
-                await turn.enter_async_context(self._lease_turn)
-            return [await leases.enter_async_context(self._residency.lease(ref.name, ref.version)) for ref in refs]
+            if not all(ref.version in self._residency for ref in refs):
+                async with self._lease_turn:
+                    return await self._enter(leases, refs)
+        return await self._enter(leases, refs)
+
+    async def _enter(self, leases: AsyncExitStack, refs: Sequence[AdapterRef]) -> list[TaskAdapter]:
+        return [await leases.enter_async_context(self._residency.lease(ref.name, ref.version)) for ref in refs]
 
     async def _load_all(self, refs: Sequence[AdapterRef]) -> None:
         sizes = {ref.version: self._residency.nbytes(ref.version) for ref in refs}

@@ -61,11 +61,12 @@ class Shadows:
     async def _compare(self, answered: Answered, version: str) -> None:
         try:
             ref = AdapterRef(answered.name, version, None)
+            cut, terms = replace(answered.cut, truncate=True), Terms(Priority.LOW)
             with self._tracing.span("shadow", about([ref])):
+                self._pipeline.check([ref], answered.texts, cut, terms)
                 async with self._residency.lease(answered.name, version) as adapter:
                     job = Job(adapter, answered.options, ref)
-                    cut = replace(answered.cut, truncate=True)
-                    [shadow] = await self._pipeline.answer([job], answered.texts, cut, Terms(Priority.LOW))
+                    [shadow] = await self._pipeline.answer([job], answered.texts, cut, terms)
             agreed = sum(map(answered.task.agrees, answered.predictions, shadow.predictions))
         except (Overloaded, TooLarge):
             self._count(answered, version, "skipped", len(answered.texts))

@@ -8,9 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from server.api import tasks
+from server.api.deps import Client
 from server.core import Options, Route, TaskAnswer, TaskRequest, TextInput
-from server.engine.engine import Engine
-from server.settings import Settings
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -57,8 +56,7 @@ async def ask(
     adapter: str | None,
     inputs: Sequence[TextInput],
     options: Options,
-    engine: Engine,
-    settings: Settings,
+    client: Client,
     *,
     truncate: bool = True,
     routing_key: str | None = None,
@@ -72,7 +70,7 @@ async def ask(
         truncate=truncate,
         routing_key=request_id() if routing_key is None else routing_key,
     )
-    [answer] = await tasks.run(request, engine, settings)
+    [answer] = await tasks.run(request, client)
     return answer
 
 

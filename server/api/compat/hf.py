@@ -13,9 +13,9 @@ from pydantic import BaseModel, Field
 
 from server.api.compat import tei
 from server.api.compat.common import AnyObject, ask, error_answers, parsed, refused
-from server.api.deps import PATIENCE, EngineDep, SettingsDep
+from server.api.deps import Client, ClientDep, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
-from server.api.task_schemas import Questions, Text, TextItems, Texts
+from server.api.task_schemas import Questions, Text, TextItems, Texts, text_inputs
 from server.core import (
     Activation,
     Aggregation,
@@ -28,9 +28,7 @@ from server.core import (
     TagOptions,
     TextInput,
 )
-from server.engine.engine import Engine
 from server.errors import InvalidRequest
-from server.settings import Settings
 
 
 class HubError(BaseModel):
@@ -44,9 +42,7 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return status, HubError(error=body.message).model_dump()
 
 
-router = APIRouter(
-    prefix="/models", tags=["Hugging Face inference"], responses=error_answers(HubError), dependencies=PATIENCE
-)
+router = APIRouter(prefix="/models", tags=["Hugging Face inference"], responses=error_answers(HubError))
 
 OUTSIDE = "O"
 """The label of tokens outside of entities."""
@@ -132,19 +128,19 @@ class SimilarityInference(_Inference):
     parameters: AnyObject | None = None
 
 
-Inference = Callable[[str, dict[str, Any], Engine, Settings], Awaitable[Any]]
+Inference = Callable[[str, dict[str, Any], Client], Awaitable[Any]]
 
 
-async def _classify(name: str, fields: dict[str, Any], engine: Engine, settings: Settings) -> Any:
+async def _classify(name: str, fields: dict[str, Any], client: Client) -> Any:
     body = parsed(ClassifyInference, fields)
     wanted = body.parameters or ClassifyParameters()
     options = ClassifyOptions(wanted.top_k, wanted.function_to_apply)
-    answer = await ask(Route.CLASSIFY, name, [one.item() for one in body.inputs], options, engine, settings)
+    answer = await ask(Route.CLASSIFY, name, text_inputs(body.inputs), options, client)
     # a list in a list for one text as well: the client takes the first
     return [[{"label": one.label, "score": one.score} for one in labels] for labels in answer.predictions]
 
 
-async def _tag(name: str, fields: dict[str, Any], engine: Engine, settings: Settings) -> Any:
+async def _tag(name: str, fields: dict[str, Any], client: Client) -> Any:
     body = parsed(TagInference, fields)
     wanted = body.parameters or TagParameters()
     aggregation = wanted.aggregation_strategy or Aggregation.SIMPLE
@@ -156,7 +152,7 @@ async def _tag(name: str, fields: dict[str, Any], engine: Engine, settings: Sett
             param="parameters.ignore_labels",
         )
     inputs = list(map(TextInput, body.inputs))
-    answer = await ask(Route.TAG, name, inputs, TagOptions(aggregation), engine, settings)
+    answer = await ask(Route.TAG, name, inputs, TagOptions(aggregation), client)
     label = "entity" if aggregation is Aggregation.NONE else "entity_group"
     found = [[_entity(one, label) for one in own if one.label not in ignored] for own in answer.predictions]
     return found[0] if isinstance(fields["inputs"], str) else found
@@ -167,7 +163,7 @@ def _entity(entity: Entity, label: str) -> dict[str, Any]:
     return {label: entity.label, "score": entity.score, "word": entity.text, **place}
 
 
-async def _answer(name: str, fields: dict[str, Any], engine: Engine, settings: Settings) -> Any:
+async def _answer(name: str, fields: dict[str, Any], client: Client) -> Any:
     body = parsed(AnswerInference, fields)
     wanted = body.parameters or AnswerParameters()
     options = AnswerOptions(
@@ -175,7 +171,7 @@ async def _answer(name: str, fields: dict[str, Any], engine: Engine, settings: S
         max_answer_tokens=wanted.max_answer_len or AnswerOptions().max_answer_tokens,
         no_answer=bool(wanted.handle_impossible_answer),
     )
-    answer = await ask(Route.ANSWER, name, [one.item() for one in body.inputs], options, engine, settings)
+    answer = await ask(Route.ANSWER, name, [one.item() for one in body.inputs], options, client)
     found = [_answers(own, options.top_k) for own in answer.predictions]
     return found[0] if isinstance(fields["inputs"], dict) else found
 
@@ -188,26 +184,26 @@ def _answers(answers: list[AnswerSpan], top_k: int) -> Any:
     return shown[0] if shown else {"answer": "", "score": 0.0, "start": 0, "end": 0}
 
 
-async def _embed(name: str, fields: dict[str, Any], engine: Engine, settings: Settings) -> Any:
+async def _embed(name: str, fields: dict[str, Any], client: Client) -> Any:
     body = parsed(EmbedInference, fields)
     options = EmbedOptions(body.normalize, body.dimensions)
     inputs = list(map(TextInput, body.inputs))
-    answer = await ask(Route.EMBED, name, inputs, options, engine, settings, truncate=body.truncate is not False)
+    answer = await ask(Route.EMBED, name, inputs, options, client, truncate=body.truncate is not False)
     return answer.predictions
 
 
-async def _compare(name: str, fields: dict[str, Any], engine: Engine, settings: Settings) -> Any:
+async def _compare(name: str, fields: dict[str, Any], client: Client) -> Any:
     """The cosine of the sentence with each of the others."""
     body = parsed(SimilarityInference, fields)
     inputs = list(map(TextInput, [body.inputs.source_sentence, *body.inputs.sentences]))
-    answer = await ask(Route.EMBED, name, inputs, EmbedOptions(normalize=True), engine, settings)
+    answer = await ask(Route.EMBED, name, inputs, EmbedOptions(normalize=True), client)
     source, *others = answer.predictions
     return [sum(map(mul, source, other)) for other in others]
 
 
-async def _embed_or_compare(name: str, fields: dict[str, Any], engine: Engine, settings: Settings) -> Any:
+async def _embed_or_compare(name: str, fields: dict[str, Any], client: Client) -> Any:
     infer = _compare if isinstance(fields.get("inputs"), dict) else _embed
-    return await infer(name, fields, engine, settings)
+    return await infer(name, fields, client)
 
 
 BY_ROUTE: Mapping[Route, Inference] = {
@@ -231,16 +227,16 @@ BY_PIPELINE: Mapping[Pipeline, Inference] = {
 
 
 @router.post("/{name}")
-async def infer(name: str, body: AnyObject, engine: EngineDep, settings: SettingsDep) -> Any:
+async def infer(name: str, body: AnyObject, client: ClientDep) -> Any:
     """Do what the adapter does: classify, find entities, answer, embed."""
-    profile = await engine.profile(name)
-    return await BY_ROUTE[profile.task.route](name, body.fields(), engine, settings)
+    profile = await client.engine.profile(name)
+    return await BY_ROUTE[profile.task.route](name, body.fields(), client)
 
 
 @router.post("/{name}/pipeline/{pipeline}")
-async def infer_as(name: str, pipeline: Pipeline, body: AnyObject, engine: EngineDep, settings: SettingsDep) -> Any:
+async def infer_as(name: str, pipeline: Pipeline, body: AnyObject, client: ClientDep) -> Any:
     """Do what the path says; what the adapter does has to be that."""
-    return await BY_PIPELINE[pipeline](name, body.fields(), engine, settings)
+    return await BY_PIPELINE[pipeline](name, body.fields(), client)
 
 
 @router.get("/{name}/info")

@@ -17,7 +17,7 @@ from pydantic import BaseModel, BeforeValidator, Field
 import server
 from server.api import tasks
 from server.api.compat.common import CLIENT_ERRORS, error_answers, parsed, request_id
-from server.api.deps import PATIENCE, EngineDep, SettingsDep
+from server.api.deps import ClientDep, EngineDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import AnswerBody, ClassifyBody, EmbedBody, TagBody, TaskBody
 from server.core import AnswerSpan, Entity, Route
@@ -46,7 +46,6 @@ router = APIRouter(
     tags=["Open Inference Protocol"],
     responses=error_answers(OipError),
     strict_content_type=False,
-    dependencies=PATIENCE,
 )
 
 TEXT, PAIR = "text", "text_pair"
@@ -223,8 +222,7 @@ async def model_ready(name: str, engine: EngineDep, version: str | None = None) 
 async def infer(
     name: str,
     body: InferBody,
-    engine: EngineDep,
-    settings: SettingsDep,
+    client: ClientDep,
     version: str | None = None,
 ) -> InferAnswer:
     """Do what the adapter does: classify, find entities, answer, embed."""
@@ -232,12 +230,12 @@ async def infer(
     if taken := TAKEN & parameters.keys():
         param = f"parameters.{min(taken)}"
         raise InvalidRequest(f"{param}: the path and the inputs say that", param=param)
-    route = (await engine.profile(name, version)).task.route
+    route = (await client.engine.profile(name, version)).task.route
     wanted = _wanted(body.outputs or (), route)
     options = {key: value for key, value in parameters.items() if key != BINARY_OUTPUT}
     inputs = _inputs(body.inputs, route)
     asked = parsed(BODIES[route], options | {"adapter": name, "version": version, "inputs": inputs})
-    [answer] = await tasks.ask(asked, route, engine, settings)
+    [answer] = await tasks.ask(asked, route, client)
     assert answer.ref is not None, "an adapter was asked"
     return InferAnswer(
         model_name=name,

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel, BeforeValidator, Field
 
 from server.api.compat.common import CLIENT_ERRORS, ask, error_answers
-from server.api.deps import PATIENCE, EngineDep, SettingsDep
+from server.api.deps import ClientDep, EngineDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Texts
 from server.core import EmbedOptions, Route, TextInput
@@ -47,7 +47,7 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return CLIENT_ERRORS.get(status, status), OpenAIError(error=info).model_dump()
 
 
-router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=error_answers(OpenAIError), dependencies=PATIENCE)
+router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=error_answers(OpenAIError))
 
 MAX_MODELS = 1000
 """Adapters in a list of models, which has no pages."""
@@ -114,12 +114,12 @@ class OpenAIModels(BaseModel):
 
 
 @router.post("/embeddings")
-async def embeddings(body: EmbeddingsBody, engine: EngineDep, settings: SettingsDep) -> OpenAIEmbeddings:
+async def embeddings(body: EmbeddingsBody, client: ClientDep) -> OpenAIEmbeddings:
     """Make vectors of texts. One that is too long is an error: the answer could not say that it was cut."""
-    adapter = None if body.model == engine.spec.name else body.model
+    adapter = None if body.model == client.engine.spec.name else body.model
     options = EmbedOptions(dimensions=body.dimensions)
     inputs = list(map(TextInput, body.input))
-    answer = await ask(Route.EMBED, adapter, inputs, options, engine, settings, truncate=False, routing_key=body.user)
+    answer = await ask(Route.EMBED, adapter, inputs, options, client, truncate=False, routing_key=body.user)
     encode = _base64 if body.encoding_format == "base64" else list
     return OpenAIEmbeddings(
         data=[OpenAIEmbedding(index=index, embedding=encode(own)) for index, own in enumerate(answer.predictions)],

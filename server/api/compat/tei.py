@@ -14,7 +14,7 @@ from pydantic import BaseModel, Discriminator, Field, Tag
 
 import server
 from server.api.compat.common import ask, error_answers, refused
-from server.api.deps import PATIENCE, EngineDep, SettingsDep
+from server.api.deps import ClientDep, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Text, Texts
 from server.core import Activation, ClassifyOptions, EmbedOptions, Pooling, Route, TaskAnswer, TextInput
@@ -41,9 +41,7 @@ def shape(status: int, body: ErrorBody) -> tuple[int, dict[str, Any]]:
     return status, TeiError(error=body.message, error_type=TYPES.get(status, "Validation")).model_dump()
 
 
-router = APIRouter(
-    prefix="/tei", tags=["text-embeddings-inference"], responses=error_answers(TeiError), dependencies=PATIENCE
-)
+router = APIRouter(prefix="/tei", tags=["text-embeddings-inference"], responses=error_answers(TeiError))
 
 
 async def _named(adapter: str | None = None, header: Annotated[str | None, Header(alias="adapter")] = None) -> set[str]:
@@ -133,7 +131,7 @@ class TeiInfo(BaseModel):
 @router.post("/predict")
 @router.post("/{adapter}/predict")
 async def predict(
-    body: PredictBody, named: NamedDep, engine: EngineDep, settings: SettingsDep, response: Response
+    body: PredictBody, named: NamedDep, client: ClientDep, response: Response
 ) -> list[TeiLabel] | list[list[TeiLabel]]:
     """Classify a text, a pair of texts, or a list of them."""
     started = time.perf_counter()
@@ -143,7 +141,7 @@ async def predict(
     options = ClassifyOptions(activation=Activation.NONE if body.raw_scores else None)
     truncate = body.truncate is not False
     inputs, many = body.sequences()
-    answer = await ask(Route.CLASSIFY, adapter, inputs, options, engine, settings, truncate=truncate)
+    answer = await ask(Route.CLASSIFY, adapter, inputs, options, client, truncate=truncate)
     _tell(response, answer, started)
     labels = [[TeiLabel(score=one.score, label=one.label) for one in own] for own in answer.predictions]
     return labels if many else labels[0]
@@ -151,15 +149,13 @@ async def predict(
 
 @router.post("/embed")
 @router.post("/{adapter}/embed")
-async def embed(
-    body: EmbedBody, named: NamedDep, engine: EngineDep, settings: SettingsDep, response: Response
-) -> list[list[float]]:
+async def embed(body: EmbedBody, named: NamedDep, client: ClientDep, response: Response) -> list[list[float]]:
     """Make vectors of texts."""
     started = time.perf_counter()
     options = EmbedOptions(body.normalize, body.dimensions)
     inputs = list(map(TextInput, body.inputs))
     truncate = body.truncate is not False
-    answer = await ask(Route.EMBED, _only(named, body.model), inputs, options, engine, settings, truncate=truncate)
+    answer = await ask(Route.EMBED, _only(named, body.model), inputs, options, client, truncate=truncate)
     _tell(response, answer, started)
     return list(answer.predictions)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 
 from server.api.access.principal import made_by
 from server.api.compat.common import CLIENT_ERRORS, ask, error_answers, request_id
-from server.api.deps import PATIENCE, EngineDep, SettingsDep
+from server.api.deps import ClientDep, EngineDep, SettingsDep
 from server.api.schemas import Body, ErrorBody
 from server.api.task_schemas import Texts
 from server.core import Activation, ClassifyOptions, LabelScore, Route, TextInput
@@ -128,17 +128,15 @@ class UnloadBody(Body):
     lora_int_id: int | None = Field(None, description="Means nothing here.")
 
 
-@router.post("/vllm/classify", dependencies=PATIENCE)
-async def classify(body: VllmClassifyBody, engine: EngineDep, settings: SettingsDep) -> VllmClasses:
+@router.post("/vllm/classify")
+async def classify(body: VllmClassifyBody, client: ClientDep) -> VllmClasses:
     """Classify texts."""
     options = ClassifyOptions(activation=Activation.NONE if body.use_activation is False else None)
     inputs = list(map(TextInput, body.input))
     truncate = body.truncate_prompt_tokens is not None
-    answer = await ask(
-        Route.CLASSIFY, body.model, inputs, options, engine, settings, truncate=truncate, routing_key=body.user
-    )
+    answer = await ask(Route.CLASSIFY, body.model, inputs, options, client, truncate=truncate, routing_key=body.user)
     assert answer.ref is not None, "an adapter was asked"
-    order = (await engine.profile(answer.ref.name, answer.ref.version)).labels
+    order = (await client.engine.profile(answer.ref.name, answer.ref.version)).labels
     return VllmClasses(
         id=f"classify-{request_id()}",
         created=int(time.time()),
