@@ -119,7 +119,9 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
             alike[b.shape, config.scale(site)][site] = b
         bound: dict[Site, Tensor] = {}
         for (_, scale), own in alike.items():
-            bound |= zip(own, torch.unbind_copy((torch.stack(list(own.values())) * scale).mT), strict=True)
+            transposed = (torch.stack(list(own.values())) * scale).mT
+            copies: Any = torch.unbind_copy(transposed)  # type: ignore[func-returns-value]  # torch's stub says None
+            bound |= zip(own, copies, strict=True)
         return {site: _low_rank(config, site, params, bound[site]) for site, params in sites.items()}
 
     def apply(self, weights: LowRank, flow: Flow) -> Tensor:
