@@ -40,6 +40,7 @@ from obstore.exceptions import (
 from obstore.store import GCSStore, MemoryStore, S3Store
 from pydantic import TypeAdapter, ValidationError
 
+from server.core import StoreCall
 from server.errors import (
     Conflict,
     CorruptVersion,
@@ -170,6 +171,15 @@ def test_releases_are_numbered_and_the_last_one_serves(store: Sync) -> None:
         assert store.get_release("a", number) == release
     assert store.releases("a") == [1, 2, 3]
     assert store.releases("b") == []
+
+
+def test_looking_for_a_release_after_a_known_one_is_a_single_call(folder: Path) -> None:
+    calls: list[StoreCall] = []
+    store = Sync(AdapterStore.open(str(folder), observe=calls.append))
+    known = store.release("a", Plan.only(store.put_version("a", artifact())), by="me")
+    calls.clear()
+    assert store.current("a", known) == known
+    assert [call.operation for call in calls] == ["list"]
 
 
 def test_a_deletion_is_a_release_and_can_be_undone(store: Sync) -> None:

@@ -129,6 +129,16 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
     ) -> WeightsT:
         """Prepares the parameters of one site for `apply`. Differentiable."""
 
+    def bind_sites(
+        self, config: ConfigT, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
+    ) -> dict[Site, WeightsT]:
+        """The same for all sites of an adapter, each given with its parameters.
+
+        A method that can prepare several sites in one call does so here: a call on tensors of this size costs more than
+        what it computes. This one goes site by site.
+        """
+        return {site: self.bind(config, site, params, shared, host.module(site)) for site, params in sites.items()}
+
     def framing(self, config: ConfigT) -> Framing:
         """What the adapter does to the frame of its texts."""
         return Framing()
@@ -171,6 +181,8 @@ class Layout:
     """The same for what the sites share."""
     shapes: Mapping[str, Shape]
     """Artifact tensor name -> shape, for all of them."""
+    reaches_all: bool
+    """Whether it acts at a site that all rows share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +214,7 @@ class Part:
         shapes = {shared[param]: shape for param, shape in shared_shapes.items()}
         for site, names in sites.items():
             shapes |= {name: at[site][param] for param, name in names.items()}
-        return Layout(sites, shared, shapes)
+        return Layout(sites, shared, shapes, any(spec.sites[site].reach is Reach.SHARED for site in sites))
 
     def sites(self, spec: BackboneSpec) -> list[Site]:
         """Where it acts."""
@@ -228,27 +240,18 @@ class Part:
         method, config, layout = self.method, self.config, self.layout(host.spec)
         # Copied, so that what a site has of them may stay a view: it is the same at all of them.
         shared = method.share(config, {param: tensors[name].clone() for param, name in layout.shared.items()}, host)
-        sites = {}
-        for site, names in layout.sites.items():
-            params = {param: tensors[name] for param, name in names.items()}
-            sites[site] = method.bind(config, site, params, shared, host.module(site))
-        return BoundPart(method, sites, method.framing(config))
+        params = {site: {param: tensors[name] for param, name in names.items()} for site, names in layout.sites.items()}
+        return BoundPart(method, method.bind_sites(config, params, shared, host), method.framing(config))
 
 
 def memory(bound: Any) -> int:
     """Bytes of the tensors in bound weights, and of what holds them. What adapters share counts for each of them."""
     storages: dict[int, int] = {}
-    tensors = 0
-    waiting = [bound]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            tensors += 1
-            storage = value.untyped_storage()
-            storages[id(storage) if value.is_meta else storage.data_ptr()] = storage.nbytes()
-        else:
-            waiting.extend(_inside(value))
-    return sum(storages.values()) + TENSOR_BYTES * tensors
+    tensors = _tensors(bound)
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        storages[id(storage) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values()) + TENSOR_BYTES * len(tensors)
 
 
 def compacted(bound: T, given: Iterable[Tensor] = ()) -> T:
@@ -260,15 +263,11 @@ def compacted(bound: T, given: Iterable[Tensor] = ()) -> T:
     """
     passing = {tensor.untyped_storage().data_ptr() for tensor in given}
     own: dict[int, Tensor] = {}
-    waiting: list[Any] = [bound]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            leaves = not value._is_view() or value.untyped_storage().data_ptr() in passing
-            if leaves and value.is_contiguous() and value.numel() and not isinstance(value, nn.Parameter):
+    for value in _tensors(bound):
+        if value.is_contiguous() and value.numel():
+            stays = value._is_view() or isinstance(value, nn.Parameter)
+            if not stays or value.untyped_storage().data_ptr() in passing:
                 own[id(value)] = value
-        else:
-            waiting.extend(_inside(value))
     if not own:
         return bound
     values = list(own.values())
@@ -335,17 +334,31 @@ def _piece(nbytes: int, device: torch.device) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
 
-def _inside(value: Any) -> Iterable[Any]:
-    """What weights are made of: mappings, tuples (named ones too) and lists."""
-    if isinstance(value, tuple | list):
-        return value
-    return value.values() if isinstance(value, dict) else ()
+_SEQUENCES = (tuple, list)
+"""What weights are made of, beside mappings; named tuples too."""
+
+
+def _tensors(bound: Any) -> list[Tensor]:
+    """All tensors in bound weights."""
+    found: list[Tensor] = []
+    waiting: list[Any] = [bound]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, _SEQUENCES):
+            waiting += value
+        elif isinstance(value, dict):
+            waiting += value.values()
+    return found
 
 
 def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
+    if value is None:
+        return None
     if isinstance(value, Tensor):
         return moved.get(id(value), value)
-    if isinstance(value, tuple | list):
+    if isinstance(value, _SEQUENCES):
         inside = [_replaced(one, moved) for one in value]
         return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
     return {key: _replaced(one, moved) for key, one in value.items()} if isinstance(value, dict) else value
@@ -382,7 +395,7 @@ class AdapterWeights:
     def of(cls, parts: Sequence[Part], tensors: Mapping[str, Tensor], host: Host) -> "AdapterWeights":
         """Binds all parts of an adapter to checked tensors."""
         bound = tuple(part.bind(tensors, host) for part in parts)
-        shared = any(host.spec.sites[site].reach is Reach.SHARED for part in bound for site in part.sites)
+        shared = any(part.layout(host.spec).reaches_all for part in parts)
         form = f"{parts[0].method.name} {hashlib.sha256(''.join(part.form for part in parts).encode()).hexdigest()}"
         # at most one part does something to it
         framing = next((part.framing for part in bound if part.framing != Framing()), Framing())

@@ -4,6 +4,7 @@ rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r) instead.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
-from server.adapters.base import AdapterMethod, Shape
+from server.adapters.base import AdapterMethod, Host, Shape
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import LowRank, low_rank, low_rank_run
 from server.adapters.targets import TargetConfig, check_paths, find_sites, per_target, select, with_default
@@ -104,14 +105,24 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
         shared: Mapping[str, Tensor],
         module: nn.Module,
     ) -> LowRank:
-        """Transposes both factors and folds the scale into B."""
-        scale = config.scale(site)
-        suffix = "_embedding" if site.kind is SiteKind.EMBEDDING else ""
-        a = params[f"lora{suffix}_A"].contiguous()
-        b = (params[f"lora{suffix}_B"] * scale).t().contiguous()
-        shift = params["lora_B_bias"] * scale if "lora_B_bias" in params else None
-        gate = Gate(params["gate.weight"], params["gate.bias"]) if "gate.weight" in params else None
-        return LowRank(a, b, shift, gate=gate)
+        """Folds the scale into B, transposed."""
+        b = (_factor("B", site, params) * config.scale(site)).t().contiguous()
+        return _low_rank(config, site, params, b)
+
+    def bind_sites(
+        self, config: LoraConfig, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
+    ) -> dict[Site, LowRank]:
+        """All B of one shape and scale together."""
+        alike: defaultdict[tuple[torch.Size, float], dict[Site, Tensor]] = defaultdict(dict)
+        for site, params in sites.items():
+            b = _factor("B", site, params)
+            alike[b.shape, config.scale(site)][site] = b
+        bound: dict[Site, Tensor] = {}
+        for (_, scale), own in alike.items():
+            transposed = (torch.stack(list(own.values())) * scale).mT
+            copies: Any = torch.unbind_copy(transposed)  # type: ignore[func-returns-value]  # torch's stub says None
+            bound |= zip(own, copies, strict=True)
+        return {site: _low_rank(config, site, params, bound[site]) for site, params in sites.items()}
 
     def apply(self, weights: LowRank, flow: Flow) -> Tensor:
         """y + x A B."""
@@ -120,3 +131,14 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
     def apply_run(self, weights: Sequence[LowRank], flow: Flow) -> Iterator[Tensor]:
         """Joins the products of neighbours."""
         return low_rank_run(weights, flow)
+
+
+def _factor(factor: str, site: Site, params: Mapping[str, Tensor]) -> Tensor:
+    return params[f"lora_embedding_{factor}" if site.kind is SiteKind.EMBEDDING else f"lora_{factor}"]
+
+
+def _low_rank(config: LoraConfig, site: Site, params: Mapping[str, Tensor], b: Tensor) -> LowRank:
+    """With B scaled and transposed."""
+    shift = params["lora_B_bias"] * config.scale(site) if "lora_B_bias" in params else None
+    gate = Gate(params["gate.weight"], params["gate.bias"]) if "gate.weight" in params else None
+    return LowRank(_factor("A", site, params).contiguous(), b, shift, gate=gate)

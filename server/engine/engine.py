@@ -1,6 +1,7 @@
 """Engine: the facade of everything behind HTTP."""
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -80,8 +81,12 @@ READING_SHARE = 4
 UPLOADS = 4
 """Uploads at the same time. Unpacked, each may take hundreds of megabytes; and the store may hang for one of them."""
 
-LOADER_THREADS = 2
-"""They compute, beside the event loop and the device's thread."""
+LOADER_THREADS = max(1, min(2, (os.cpu_count() or 1) // 4))
+"""They bring adapters from the store to the device, beside the event loop and the device's thread. All of them need the
+interpreter most of the time: on few cores, two hand it to and fro for half as much processor time again."""
+
+UPLOAD_THREADS = 2
+"""They read and check uploads, which may take seconds: loads do not wait behind them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +161,7 @@ class Engine:
         self.upload_turn = asyncio.Semaphore(UPLOADS)
         """To be held from before an upload's bytes are read."""
         self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader")
+        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload")
         self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer")
         streams = Streams.of(backbone.device, settings.streams)
         scheduler = Scheduler[QueuedRow](
@@ -203,7 +209,7 @@ class Engine:
             checker,
             prover,
             metrics,
-            self._loader_pool,
+            self._upload_pool,
             max_upload_bytes=settings.max_upload_bytes,
             max_batch_tokens=settings.max_batch_tokens,
         )
@@ -211,7 +217,7 @@ class Engine:
             backbone,
             self._pipeline,
             self._worker,
-            self._loader_pool,
+            self._upload_pool,
             max_tokens=settings.max_batch_tokens,
             clock=clock,
         )
@@ -339,7 +345,7 @@ class Engine:
             task.cancel()
         self._shadows.stop()
         self._worker.stop()
-        for pool in (self._loader_pool, self._tokenizer_pool):
+        for pool in (self._loader_pool, self._upload_pool, self._tokenizer_pool):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def _follow_quarantined(self) -> None:

@@ -38,7 +38,7 @@ class Checked:
     blueprint: Blueprint
     tensors: Mapping[str, Tensor]
     nbytes: int
-    """Memory of its tensors."""
+    """Memory that it takes in the host's: that of the file in which its tensors lie."""
     estimate: int
     """Memory that it takes on the device, as far as can be told before it is there."""
 
@@ -60,17 +60,19 @@ class Checker:
         blueprint = planned(recipe, len(manifest.labels)).labelled(manifest.labels)
         proven = report is not None and self.covers(report)  # of these very bytes, which have been compared
         blueprint.check_tensors(artifact.tensors, finite=proven)
-        estimate = sum(
-            tensor.nbytes if name.startswith(HEAD) else tensor.numel() * self._backbone.dtype.itemsize
-            for name, tensor in artifact.tensors.items()
-        )
         return Checked(
             manifest,
             proven,
             blueprint,
             artifact.tensors,
-            nbytes=sum(tensor.nbytes for tensor in artifact.tensors.values()),
-            estimate=report.memory_bytes if report is not None and proven else estimate,
+            nbytes=len(artifact.tensor_bytes),
+            estimate=report.memory_bytes if report is not None and proven else self._estimated(artifact.tensors),
+        )
+
+    def _estimated(self, tensors: Mapping[str, Tensor]) -> int:
+        return sum(
+            tensor.nbytes if name.startswith(HEAD) else tensor.numel() * self._backbone.dtype.itemsize
+            for name, tensor in tensors.items()
         )
 
     def bind(self, checked: Checked) -> TaskAdapter:

@@ -134,6 +134,8 @@ class Memory(Generic[V]):
         """For so many bytes, some of which are claimed; `replaced` will be gone."""
         if nbytes > self.max_bytes:
             raise self._full(nbytes)
+        if self._evict(nbytes - claimed, replaced):
+            return
         try:
             async with asyncio.timeout(self._wait_seconds):
                 while not self._evict(nbytes - claimed, replaced):

@@ -6,9 +6,9 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -119,9 +119,7 @@ class _Folder:
         return await outcome
 
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        together = self._waiting.pop(loop)
-        work = loop.run_in_executor(self._threads, lambda: [_outcome(function) for function, _ in together])
-        work.add_done_callback(lambda done: _settle([outcome for _, outcome in together], done.result()))
+        self._threads.submit(_work, loop, self._waiting.pop(loop))
 
     def read(self, key: str) -> bytes:
         """A file's bytes."""
@@ -143,6 +141,7 @@ class _Folder:
             with os.scandir(self._path(prefix)) as entries:
                 names = [entry.name for entry in entries if entry.is_file()]
         except FileNotFoundError:
+            self.check()
             return None
         name = choose(names)
         return None if name is None else (name, self.read(f"{prefix}/{name}"))
@@ -160,6 +159,11 @@ class _Folder:
         """A file's size."""
         return os.stat(self._path(key)).st_size
 
+    def check(self) -> None:
+        """A folder that has vanished looks like an empty one. Raises StoreUnavailable."""
+        if not os.path.isdir(self._root):
+            raise StoreUnavailable("the adapter store's folder is gone")
+
     def _path(self, key: str) -> str:
         return os.path.join(self._root, key)
 
@@ -171,8 +175,14 @@ def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
         return None, error
 
 
-def _settle(waiting: list[asyncio.Future[Any]], outcomes: list[tuple[Any, Exception | None]]) -> None:
-    for future, (value, error) in zip(waiting, outcomes, strict=True):
+def _work(loop: asyncio.AbstractEventLoop, together: list[Work]) -> None:
+    done = [(future, *_outcome(function)) for function, future in together]
+    with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+        loop.call_soon_threadsafe(_settle, done)
+
+
+def _settle(done: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
+    for future, value, error in done:
         if future.done():  # nobody waits any more
             continue
         if error is None:
@@ -260,10 +270,7 @@ class Objects:
         """
         folder = self._folder_files
         if folder is not None:
-            found = await self._find("list", prefix, lambda: folder.call(lambda: folder.choose(prefix, choose)))
-            if found is None:
-                await self._check_root()
-            return found
+            return await self._find("list", prefix, lambda: folder.call(lambda: folder.choose(prefix, choose)))
         keys = [entry.key for entry in await self.entries(prefix, after)]
         name = choose([key.removeprefix(f"{prefix}/") for key in keys])
         return None if name is None else (name, await self.get(f"{prefix}/{name}"))
@@ -372,10 +379,9 @@ class Objects:
         await asyncio.to_thread(remove)
 
     async def _check_root(self) -> None:
-        """A folder that has vanished looks like an empty one."""
-        root = self._root
-        if root is not None and not await self._try("head", "", lambda: asyncio.to_thread(root.is_dir), 0):
-            raise StoreUnavailable("the adapter store's folder is gone")
+        folder = self._folder_files
+        if folder is not None:
+            await self._try("head", "", lambda: folder.call(folder.check), 0)
 
     async def _call(self, operation: str, key: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """A call that needs no object to be there: FileNotFoundError speaks of the bucket."""
@@ -423,26 +429,31 @@ class Objects:
             async with asyncio.timeout(seconds):
                 return await call()
 
-        async with _reported():
-            try:
-                return await once()  # what nearly always succeeds pays for no further tries
-            except Exception as error:
-                if not _is_passing(error):
-                    raise
-                failed: list[Exception] = [error]
-            async for attempt in stamina.retry_context(
-                on=_is_passing,
-                attempts=ATTEMPTS,
-                timeout=None,
-                wait_initial=FIRST_WAIT_SECONDS,
-                wait_max=LONGEST_WAIT_SECONDS,
-                wait_jitter=FIRST_WAIT_SECONDS,
-            ):
-                with attempt:
-                    if failed:
-                        raise failed.pop()  # the first attempt was above, and the library waits after it
-                    return await once()
-        raise AssertionError("unreachable: the last attempt returns or raises")
+        try:
+            return await once()  # what nearly always succeeds pays for no further tries
+        except Exception as error:
+            with _reported():
+                return await _tried_again(once, error)
+
+
+async def _tried_again(once: Callable[[], Awaitable[T]], error: Exception) -> T:
+    """A call that has failed once, unless trying again is hopeless. Raises the error of the last try."""
+    if not _is_passing(error):
+        raise error
+    failed = [error]
+    async for attempt in stamina.retry_context(
+        on=_is_passing,
+        attempts=ATTEMPTS,
+        timeout=None,
+        wait_initial=FIRST_WAIT_SECONDS,
+        wait_max=LONGEST_WAIT_SECONDS,
+        wait_jitter=FIRST_WAIT_SECONDS,
+    ):
+        with attempt:
+            if failed:
+                raise failed.pop()  # what the library waits after
+            return await once()
+    raise AssertionError("unreachable: the last attempt returns or raises")
 
 
 def _remote(scheme: str, bucket: str, prefix: str, endpoint: str | None, timeout_seconds: float) -> ObjectStore:
@@ -469,8 +480,8 @@ def _is_passing(error: Exception) -> bool:
     return isinstance(error, BaseError | OSError) and not isinstance(error, _HOPELESS)  # TimeoutError is an OSError
 
 
-@asynccontextmanager
-async def _reported() -> AsyncIterator[None]:
+@contextmanager
+def _reported() -> Iterator[None]:
     try:
         yield
     except (FileNotFoundError, AlreadyExistsError):

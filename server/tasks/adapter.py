@@ -153,34 +153,38 @@ class Blueprint:
 
         The head stays as precise as it was stored: its outputs are what the caller sees.
         """
-        bound = self._bound(tensors, host)
+        placed = {
+            name: tensor.to(host.device, dtype)
+            for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True)
+        }
+        bound = self._bound(placed, host)
         return replace(bound, nbytes=memory(([part.sites for part in bound.weights.parts], bound.head)))
 
     def load(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         """The same of tensors that nobody trains and nobody else keeps: in one piece of memory, and in few calls."""
-        dtypes = {name: self._dtype(name, tensor, host) for name, tensor in tensors.items()}
-        others = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if tensor.numel() and (tensor.dtype, tensor.device) != (dtypes[name], host.device)
-        }
-        copies = in_one_piece(list(others.values()), [dtypes[name] for name in others], host.device)
-        given = {**tensors, **dict(zip(others, copies, strict=True))}
-        return self._bound(given, host).compact(given.values())
+        placed = dict(tensors)
+        device = host.device
+        others: dict[str, torch.dtype] = {}
+        for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True):
+            if tensor.dtype is dtype and tensor.device == device:
+                continue  # a call that does nothing costs as much as some that do
+            if tensor.numel():
+                others[name] = dtype
+            else:
+                placed[name] = tensor.to(device, dtype)
+        copies = in_one_piece([tensors[name] for name in others], list(others.values()), device)
+        placed |= zip(others, copies, strict=True)
+        return self._bound(placed, host).compact(placed.values())
 
-    def _bound(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
+    def _bound(self, placed: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         """Without its size."""
-        placed = {name: _placed(tensor, host, self._dtype(name, tensor, host)) for name, tensor in tensors.items()}
         weights = AdapterWeights.of(self.parts, placed, host)
         return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, 0)
 
-    def _dtype(self, name: str, tensor: Tensor, host: Host) -> torch.dtype:
-        return tensor.dtype if name.startswith(HEAD) else host.dtype
-
-
-def _placed(tensor: Tensor, host: Host, dtype: torch.dtype) -> Tensor:
-    """On the backbone's device; a call that does nothing costs as much as some that do."""
-    return tensor if (tensor.device, tensor.dtype) == (host.device, dtype) else tensor.to(host.device, dtype)
+    def _dtypes(self, tensors: Mapping[str, Tensor], host: Host) -> list[torch.dtype]:
+        """In which each of the tensors is used."""
+        ours = host.dtype
+        return [tensor.dtype if name.startswith(HEAD) else ours for name, tensor in tensors.items()]
 
 
 def task_named(name: str) -> AnyTask:
