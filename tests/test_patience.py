@@ -240,6 +240,19 @@ def test_a_request_is_refused_for_what_its_words_come_to(
     assert {first.result().status_code, second.result().status_code} == {200}
 
 
+def test_a_client_that_is_refused_at_once_is_not_watched(
+    client: TestClient, held: Held, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = busy(client, held, pool)
+    second = pool.submit(ask, client, inputs=[" ".join(["w1"] * 198)] * 2)
+    held.wait_for(lambda: held.waiting == 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(asyncio, "create_task", None)
+        refused(ask(client), 429)
+    held.gate.set()
+    assert {first.result().status_code, second.result().status_code} == {200}
+
+
 def test_a_refused_request_brings_no_adapter_into_memory(
     client: TestClient, held: Held, pool: ThreadPoolExecutor
 ) -> None:
