@@ -104,11 +104,13 @@ async def measure(
     job = Job(adapter, task.measured)
     kept: list[Any] = []
     max_inputs = max(1, MAX_SCORES // max(1, len(adapter.labels)))
+    terms = Terms(Priority.LOW)
     for start, end in chunks(rows.tokens, max_batch_tokens, max_inputs):
         async for attempt in stamina.retry_context(on=Overloaded, attempts=None, timeout=LONGEST_WAIT_SECONDS):
             with attempt:
                 with _blamed(f" from row {rows.owners[start] + 1} on"):
-                    [answered] = await pipeline.answer([job], rows.inputs[start:end], terms=Terms(Priority.LOW))
+                    pipeline.check([None], rows.inputs[start:end], terms=terms)
+                    [answered] = await pipeline.answer([job], rows.inputs[start:end], terms=terms)
                 kept += map(task.kept, answered.predictions)
     return await asyncio.get_running_loop().run_in_executor(executor, partial(task.measure, rows.data.examples, kept))
 
