@@ -35,6 +35,9 @@ class Site:
     kind: SiteKind
     name: str
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # sites are looked up all the time, and few names have two kinds
+
     def __str__(self) -> str:
         return f"{self.kind}:{self.name}"
 

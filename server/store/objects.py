@@ -141,7 +141,8 @@ class _Folder:
             with os.scandir(self._path(prefix)) as entries:
                 names = [entry.name for entry in entries if entry.is_file()]
         except FileNotFoundError:
-            self.check()
+            if not self.is_there():
+                raise _gone() from None
             return None
         name = choose(names)
         return None if name is None else (name, self.read(f"{prefix}/{name}"))
@@ -159,10 +160,9 @@ class _Folder:
         """A file's size."""
         return os.stat(self._path(key)).st_size
 
-    def check(self) -> None:
-        """A folder that has vanished looks like an empty one. Raises StoreUnavailable."""
-        if not os.path.isdir(self._root):
-            raise StoreUnavailable("the adapter store's folder is gone")
+    def is_there(self) -> bool:
+        """Whether there is the folder itself: one that has vanished looks like an empty one."""
+        return os.path.isdir(self._root)
 
     def _path(self, key: str) -> str:
         return os.path.join(self._root, key)
@@ -379,9 +379,10 @@ class Objects:
         await asyncio.to_thread(remove)
 
     async def _check_root(self) -> None:
+        """Raises StoreUnavailable where the folder has vanished."""
         folder = self._folder_files
-        if folder is not None:
-            await self._try("head", "", lambda: folder.call(folder.check), 0)
+        if folder is not None and not await self._try("head", "", lambda: folder.call(folder.is_there), 0):
+            raise _gone()
 
     async def _call(self, operation: str, key: str, call: Callable[[], Awaitable[T]], size: int = 0) -> T:
         """A call that needs no object to be there: FileNotFoundError speaks of the bucket."""
@@ -474,6 +475,10 @@ def _remote(scheme: str, bucket: str, prefix: str, endpoint: str | None, timeout
     if endpoint:
         options["endpoint"] = endpoint
     return S3Store(bucket, **options) if scheme == "s3" else AzureStore(bucket, **options)
+
+
+def _gone() -> StoreUnavailable:
+    return StoreUnavailable("the adapter store's folder is gone")
 
 
 def _is_passing(error: Exception) -> bool:
