@@ -35,11 +35,6 @@ LAST_REFUSALS_SECONDS = 0.5
 """How long new requests are refused in the end, for those who still come: a 503 can be sent again elsewhere, while who
 meets a connection that is being closed does not know whether the request was run."""
 
-SWITCH_SECONDS = 0.0001
-"""How long a thread may keep Python's lock while others wait for it. The device's threads come back for it hundreds of
-times a batch, after each product; where the event loop kept it for 2 of every 5 ms, a tenth to a third more tokens were
-computed than with Python's own 5 ms."""
-
 ARENAS = 2
 """Of glibc's malloc, whose threads take turns on them. It gives eight to each core, and each keeps holes of its own;
 but Python's threads allocate little at the same time."""
@@ -170,7 +165,7 @@ def _limit_arenas() -> None:
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
     _limit_arenas()
-    sys.setswitchinterval(SWITCH_SECONDS)
+    sys.setswitchinterval(float(__import__("os").environ.get("SI", "0.005")))
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:

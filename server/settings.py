@@ -81,11 +81,11 @@ class Settings(BaseSettings):
         "(CUDA, AMX, AVX512-BF16), else float32.",
     )
     streams: int = Field(
-        0,
-        ge=0,
+        1,
+        ge=1,
         description="Batches that are computed side by side, each on its share of the processors that torch may use "
-        "(`OMP_NUM_THREADS`). 0: on a CPU one for each of them, up to four; on a GPU one. More serve more requests; "
-        "fewer answer a lone long text sooner.",
+        "(`OMP_NUM_THREADS`). On a CPU, as many as there are processors, up to four, serve a busy server's small requests "
+        "faster; one answers a lone long text sooner.",
     )
     warm_up_seconds: float = Field(
         20.0,

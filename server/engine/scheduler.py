@@ -62,6 +62,13 @@ SMOOTHING = 0.1
 SPREAD_TOKENS = 128
 """What waits is dealt out to idle streams in batches of no less: below that, each costs nearly as much as a whole."""
 
+GATHERED_TOKENS = 512
+"""While one stream runs, another lets so many gather before it starts, for a while. Else clients that wait for their
+answers fall into step with many small batches."""
+
+GATHERING_SHARE = 1.0
+"""Of the time that a batch should take: how long they may gather."""
+
 SHRUNK_SECONDS = 30.0
 """How long batches stay small after the device ran out of memory; then their budget doubles, and again."""
 
@@ -284,6 +291,7 @@ class Scheduler(Generic[WorkT]):
         self._batch_seconds = batch_seconds
         self._max_queue_tokens = max_queue_tokens
         self._streams = streams
+        self._gathering_seconds = GATHERING_SHARE * batch_seconds if math.isfinite(batch_seconds) else 0.0
         self._clock = clock
         self._aging_seconds = aging_seconds
         self._delay_seconds = delay_seconds
@@ -389,14 +397,18 @@ class Scheduler(Generic[WorkT]):
             heapq.heapify(left)
             self._deadlines = left
 
-    def pause(self) -> float | None:
-        """Seconds until the next batch should be taken, for more to come; None: nothing waits."""
+    def pause(self, idle: int = 1) -> float | None:
+        """Seconds until the next batch should be taken, for more to come; None: nothing waits. `idle`: see
+        `next_batch`."""
         oldest = min((unit.admitted for line in self._rounds.values() if (unit := _oldest(line))), default=None)
         if oldest is None:
             return None
-        if sum(self.tokens.values()) >= self.budget:
+        waiting = sum(self.tokens.values())
+        if waiting >= self.budget:
             return 0.0
-        return max(0.0, oldest + self._delay_seconds - self._clock())
+        gathers = idle < self._streams and waiting < GATHERED_TOKENS
+        delay = max(self._delay_seconds, self._gathering_seconds if gathers else 0.0)
+        return max(0.0, oldest + delay - self._clock())
 
     def next_batch(self, idle: int = 1) -> Batch[WorkT] | None:
         """What runs next within the budget, at least one piece; None if nothing waits. `idle`: streams that could take

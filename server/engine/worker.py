@@ -23,9 +23,6 @@ from server.tracing import OFF, Attributes, Place, Tracing, about
 
 log = get_logger("adapterd.worker")
 
-MAX_STREAMS = 4
-"""Unless more are asked for. Each takes turns with the others on Python's lock."""
-
 STOP_SECONDS = 3.0
 """How long stopping waits for the running batch. A device that hangs must not keep the process."""
 
@@ -137,18 +134,16 @@ class Streams:
     """Processors that each of them computes on; None: all that torch has."""
 
     @classmethod
-    def of(cls, device: torch.device, count: int = 0) -> "Streams":
-        """For a device; 0: as many as serve it best.
+    def of(cls, device: torch.device, count: int) -> "Streams":
+        """So many on a device. Those of a CPU share its processors.
 
-        On a CPU, batches on one processor each beat one batch on all of them: what adapters and short texts make of a
-        forward is many small products, for which the processors meet and wait for each other, and for whoever else
-        keeps one of them busy. A GPU runs one batch after the other anyway.
+        Batches on one processor each get through more than one batch on all of them: what adapters and short texts make
+        of a forward is many small products, for which the processors meet and wait for each other, and for whoever else
+        keeps one of them busy. But one long text alone takes longer, and so does everything that needs Python's lock.
         """
-        if device.type != "cpu":
-            return cls(count or 1)
-        processors = torch.get_num_threads()
-        count = count or min(processors, MAX_STREAMS)
-        return cls(count, max(1, processors // count))
+        if device.type != "cpu" or count == 1:
+            return cls(count)
+        return cls(count, max(1, torch.get_num_threads() // count))
 
 
 class Worker:
@@ -301,7 +296,7 @@ class Worker:
             try:
                 while not self._stopping:
                     _fail(self._scheduler.expire(), DeadlineExceeded("the request waited until its deadline"))
-                    pause = self._scheduler.pause()
+                    pause = self._scheduler.pause(self._idle)
                     batch = self._scheduler.next_batch(self._idle) if pause == 0 else None
                     self._measure_queue()
                     if batch is not None:
