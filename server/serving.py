@@ -165,7 +165,6 @@ def _limit_arenas() -> None:
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
     _limit_arenas()
-    sys.setswitchinterval(float(__import__("os").environ.get("SI", "0.005")))
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:

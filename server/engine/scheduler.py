@@ -62,11 +62,11 @@ SMOOTHING = 0.1
 SPREAD_TOKENS = 128
 """What waits is dealt out to idle streams in batches of no less: below that, each costs nearly as much as a whole."""
 
-GATHERED_TOKENS = 512
+GATHERED_TOKENS = 256
 """While one stream runs, another lets so many gather before it starts, for a while. Else clients that wait for their
 answers fall into step with many small batches."""
 
-GATHERING_SHARE = 1.0
+GATHERING_SHARE = 0.5
 """Of the time that a batch should take: how long they may gather."""
 
 SHRUNK_SECONDS = 30.0
