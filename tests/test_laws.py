@@ -4,6 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -124,6 +125,21 @@ def test_a_mixed_batch_equals_each_row_alone(backbone: Backbone, adapters: list[
     assert len({adapter.labels for adapter in bound}) == 4
     assert {adapter.blueprint.head.pooling for adapter in adapters} == backbone.spec.poolings
     check_mixed_batch(backbone, mixed_rows(bound, seed=0), TOLERANCE)
+
+
+def test_batches_that_run_at_once_are_what_they_are_one_by_one(backbone: Backbone, adapters: list[Adapter]) -> None:
+    bound = [adapter.bound for adapter in adapters]
+    batches = [mixed_rows(bound[start::3], seed=start) for start in range(3)]
+    batches += [[(rows[0][0], whose) for _, whose in rows] for rows in batches]  # copies of a text share what they can
+
+    def answers(rows: Rows) -> list[Answer]:
+        with torch.inference_mode():
+            return run(backbone, rows)
+
+    expected = [answers(rows) for rows in batches]
+    with ThreadPoolExecutor(3) as pool:
+        for own, alone in zip(pool.map(answers, batches), expected, strict=True):
+            close(own, alone, TOLERANCE)
 
 
 @torch.inference_mode()

@@ -6,7 +6,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain, combinations, cycle
+from itertools import chain, combinations, cycle, groupby
 
 import pytest
 from hypothesis import given, settings
@@ -17,10 +17,13 @@ from server.core import Priority, Terms
 from server.engine.scheduler import (
     AGED_SHARE,
     BORROWED,
+    GATHERED_TOKENS,
+    GATHERING_SHARE,
     HEADROOM,
     QUANTUM,
     ROOM_SHARE,
     SHRUNK_SECONDS,
+    SPREAD_TOKENS,
     Batch,
     Scheduler,
     Unit,
@@ -58,6 +61,7 @@ def scheduler(
     aging: float = 1e9,
     delay: float = 0.0,
     batch_seconds: float = 1e9,
+    streams: int = 1,
 ) -> Scheduler[Piece]:
     return Scheduler(
         max_batch_tokens=batch,
@@ -67,6 +71,7 @@ def scheduler(
         aging_seconds=aging,
         delay_seconds=delay,
         batch_seconds=batch_seconds,
+        streams=streams,
     )
 
 
@@ -248,6 +253,98 @@ def test_within_an_adapter_it_is_first_come_first_served() -> None:
     for adapter in "ab":
         expected = [piece for piece in work if piece.adapter == adapter]
         assert [piece for piece in taken if piece.adapter == adapter] == expected
+
+
+def test_who_had_nothing_waiting_is_served_before_those_who_had() -> None:
+    queue = scheduler(batch=2 * QUANTUM)
+    admit(queue, *pieces(*[16] * 1000, adapter="hot"))
+    batch(queue)
+    for adapter in ("first", "second"):
+        admit(queue, *pieces(*[16] * 8, adapter=adapter))
+    names = [piece.adapter for piece in batch(queue)]
+    assert names == [*["first"] * 8, *["second"] * 8, *["hot"] * 16]
+
+
+def test_who_had_nothing_waiting_is_served_first_for_a_quantum_only() -> None:
+    queue = scheduler(batch=4 * QUANTUM)
+    admit(queue, *pieces(*[16] * 1000, adapter="hot"))
+    batch(queue)
+    admit(queue, *pieces(*[16] * 1000, adapter="late"))
+    turns = [(adapter, len(list(own))) for adapter, own in groupby(piece.adapter for piece in batch(queue))]
+    turn = QUANTUM // 16
+    assert turns == [("late", turn), ("hot", 2 * turn), ("late", turn)]
+
+
+@pytest.mark.parametrize("comers", [1, 5, 20])
+def test_those_who_come_again_and_again_leave_the_others_their_share(comers: int) -> None:
+    queue = scheduler(batch=QUANTUM)
+    admit(queue, *pieces(*[16] * 100_000, adapter="hot"))
+    got: Counter[str] = Counter()
+    waits: Counter[str] = Counter()
+    for _ in range(60 * (comers + 1)):
+        for name in map(str, range(comers)):
+            if not waits[name]:  # the moment that it is served, it comes with as much as a newcomer may send
+                admit(queue, *pieces(*[16] * (QUANTUM // 16), adapter=name))
+                waits[name] = QUANTUM
+        for piece in batch(queue):
+            got[piece.adapter] += piece.tokens
+            waits[piece.adapter] -= piece.tokens
+    assert got["hot"] >= 58 * QUANTUM
+    assert min(got[str(comer)] for comer in range(comers)) >= 58 * QUANTUM
+
+
+# ------------------------------------------------------------------------------------------------------------ streams
+
+
+def test_what_waits_is_dealt_out_to_idle_streams() -> None:
+    queue = scheduler(batch=4000, streams=2)
+    admit(queue, *pieces(*[16] * 40))
+    taken = [queue.next_batch(idle=2), queue.next_batch(idle=1)]
+    assert [one.tokens if one else None for one in taken] == [320, 320]
+    assert queue.next_batch(idle=2) is None
+
+
+def test_what_is_little_is_not_dealt_out() -> None:
+    queue = scheduler(batch=4000, streams=4)
+    admit(queue, *pieces(*[16] * (SPREAD_TOKENS // 16)))
+    assert len(batch_of(queue, idle=4)) == SPREAD_TOKENS // 16
+
+
+def test_a_batch_is_no_larger_for_being_dealt_out() -> None:
+    queue = scheduler(batch=160, streams=2)
+    admit(queue, *pieces(*[16] * 100))
+    assert sum(piece.tokens for piece in batch_of(queue, idle=2)) == 160
+
+
+def test_what_is_to_run_together_is_not_dealt_out() -> None:
+    queue = scheduler(batch=4000, streams=2)
+    queue.admit([[piece] for piece in pieces(*[16] * 40)], Terms(strict=True))
+    assert len(batch_of(queue, idle=2)) == 40
+
+
+def test_while_one_stream_runs_work_gathers_for_another() -> None:
+    clock = Clock()
+    queue = scheduler(batch=4000, clock=clock, batch_seconds=0.1, streams=2)
+    admit(queue, Piece(16))
+    assert queue.pause(idle=2) == 0
+    assert queue.pause(idle=1) == pytest.approx(GATHERING_SHARE * 0.1)
+    clock.now += 0.02
+    assert queue.pause(idle=1) == pytest.approx(GATHERING_SHARE * 0.1 - 0.02)
+    admit(queue, *pieces(*[16] * (GATHERED_TOKENS // 16 - 1)))
+    assert queue.pause(idle=1) == 0
+
+
+def test_all_streams_together_are_as_fast_as_one_times_their_number() -> None:
+    queue = scheduler(batch=4000, batch_seconds=0.1, streams=3)
+    queue.ran(1000, 0.1)
+    assert queue.throughput == pytest.approx(30_000)
+    assert queue.budget == 1000  # of one batch, on one of them
+
+
+def batch_of(queue: Scheduler[Piece], idle: int) -> list[Piece]:
+    taken = queue.next_batch(idle)
+    assert taken is not None
+    return taken.work
 
 
 def test_what_was_not_used_of_a_turn_is_not_saved_up() -> None:

@@ -14,7 +14,7 @@ from server.engine.quarantine import Quarantine
 from server.engine.recent import KEPT, RanBatch, RecentBatches
 from server.engine.runner import Row
 from server.engine.scheduler import Scheduler
-from server.engine.worker import QueuedRow, Ticket, Worker
+from server.engine.worker import QueuedRow, Streams, Ticket, Worker
 from server.errors import (
     AdapterdError,
     AdapterQuarantined,
@@ -442,6 +442,89 @@ def test_the_throughput_is_measured_while_work_waits(worker: Worker, runner: Fau
     assert failure(tickets[2]) is not None
     wait_for(lambda: series(worker, "adapterd_throughput_tokens")[""] > 0)
     assert worker._scheduler.throughput == series(worker, "adapterd_throughput_tokens")[""]
+
+
+class SlowRunner(FaultyRunner):
+    """Notes how many run at once, each for a moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.together: threading.Barrier | None = None
+
+    def run(self, rows: Sequence[Row]) -> list[Any]:
+        if self.together is not None:
+            self.together.wait(10)
+        time.sleep(0.0005)  # so that others get to run
+        return super().run(rows)
+
+
+@pytest.fixture
+def slow() -> SlowRunner:
+    return SlowRunner()
+
+
+@pytest.fixture
+def streams(slow: SlowRunner) -> Iterator[Worker]:
+    """A worker with three streams."""
+    scheduler = Scheduler[QueuedRow](max_batch_tokens=30, max_queue_tokens=60_000, clock=time.monotonic, streams=3)
+    worker = Worker(slow, scheduler, Metrics(), streams=Streams(3))
+    worker.start()
+    yield worker
+    slow.gate.set()
+    worker.stop()
+
+
+def test_streams_run_side_by_side(streams: Worker, slow: SlowRunner) -> None:
+    slow.together = threading.Barrier(3)  # none goes on before three are there
+    tickets = [streams.submit([row(whose, 30)]) for whose in (GOOD, OTHER, GOOD)]
+    assert [result(ticket) for ticket in tickets] == [["good"], ["other"], ["good"]]
+
+
+def test_what_runs_in_several_streams_is_all_running(streams: Worker, slow: SlowRunner) -> None:
+    slow.gate.clear()
+    ticket = streams.submit([row(whose, 30) for whose in (GOOD, OTHER, GOOD, GOOD)])
+    wait_for(lambda: waiting(streams) == 30)
+    load = streams.load()
+    assert (load.requests_running, load.requests_waiting, list(load.running)) == (1, 0, [])
+    slow.gate.set()
+    assert result(ticket) == ["good", "other", "good", "good"]
+
+
+def test_requests_are_answered_by_whichever_streams_run_their_rows(streams: Worker) -> None:
+    wanted = [[(GOOD, OTHER)[(index + n) % 2] for n in range(12)] for index in range(60)]
+    tickets = [streams.submit([row(whose, 9) for whose in own]) for own in wanted]
+    for own, ticket in zip(wanted, tickets, strict=True):
+        assert result(ticket) == [whose.labels[0] for whose in own]
+
+
+def test_rows_that_fail_in_several_streams_end_their_request_once(streams: Worker) -> None:
+    tickets = [streams.submit([row(BAD, 30)] * 6) for _ in range(30)]
+    for ticket in tickets:
+        assert isinstance(failure(ticket), AdapterdError)
+    assert result(streams.submit([row(GOOD)])) == ["good"]
+    assert streams.alive
+
+
+def test_a_stream_that_dies_ends_the_others_after_their_batch(streams: Worker, slow: SlowRunner) -> None:
+    slow.gate.clear()
+    good = streams.submit([row(GOOD, 30)])
+    wait_for(lambda: not waiting(streams))
+    slow.error = Died()
+    bad = streams.submit([row(BAD, 30)])
+    wait_for(lambda: not waiting(streams))
+    slow.gate.set()
+    assert result(good) == ["good"]
+    assert isinstance(failure(bad), DeviceStopped)
+    wait_for(lambda: not any(thread.is_alive() for thread in streams._threads))
+    assert streams.crashed
+
+
+def test_streams_of_a_processor_share_it() -> None:
+    here = torch.get_num_threads()
+    assert Streams.of(torch.device("cpu"), 1) == Streams(1, None)
+    assert Streams.of(torch.device("cpu"), 2) == Streams(2, max(1, here // 2))
+    assert Streams.of(torch.device("cpu"), 64) == Streams(64, max(1, here // 64))
+    assert Streams.of(torch.device("meta"), 2) == Streams(2, None)
 
 
 class Died(BaseException):

@@ -9,8 +9,7 @@ the two largest units; and within a round each gets its quantum. Batches are cut
 rows of many adapters.
 
 Who asks for little need not wait for those who always have work waiting: an adapter that had none is served before the
-round, for a quantum at most, and has to let the round pass before it can be again (the new and old queues of FQ-CoDel,
-RFC 8290).
+round, for a quantum at most, which is an advance on its turn there (the new and old queues of FQ-CoDel, RFC 8290).
 
 Priorities are strict: work of a lower one fills what the higher ones leave of a batch. Aging keeps it from starving: a
 priority whose oldest work has waited for too long is served first, with up to a quarter of each batch.
@@ -179,7 +178,6 @@ class _Round(Generic[WorkT]):
             for flows in (self._flows, self._new, self._old):
                 flows.clear()  # with nobody else waiting, nobody owes anything
         elif not flow.units and unit.adapter in self._new:
-            flow.credit = min(flow.credit, 0.0)
             self._grow_old(unit.adapter)
         elif not flow.units and flow.credit >= 0:
             self._forget(unit.adapter)
@@ -189,10 +187,7 @@ class _Round(Generic[WorkT]):
         while self._new:
             name = next(iter(self._new))
             flow = self._flows[name]
-            if not flow.in_turn:
-                flow.in_turn = True
-                flow.credit += flow.income
-            if flow.credit > 0:
+            if flow.credit > -flow.income:  # what it gets here is an advance on its first turn
                 return next(iter(flow.units.values()))
             self._grow_old(name)
         passed = 0
