@@ -84,8 +84,8 @@ class Settings(BaseSettings):
         1,
         ge=1,
         description="Batches that are computed side by side, each on its share of the processors that torch may use "
-        "(`OMP_NUM_THREADS`). On a CPU, as many as there are processors, up to four, serve a busy server's small requests "
-        "faster; one answers a lone long text sooner.",
+        "(`OMP_NUM_THREADS`). On a CPU, more get through more small texts on a busy server; one answers a lone long "
+        "text sooner and leaves more to what goes on beside the device.",
     )
     warm_up_seconds: float = Field(
         20.0,

@@ -119,7 +119,7 @@ class _Running(threading.local):
 
 
 class Sharing:
-    """The layers of a model, for forwards in which copies of a text share some; several threads may run some at once."""
+    """The layers of a model, for forwards in which copies of a text share some; each thread may run one at a time."""
 
     def __init__(self, layers: Sequence[nn.Module], layer_of: Mapping[Site, int]) -> None:
         """`layers` run once each, in this order; they are hooked until `close`. `layer_of`: the one that a site is
