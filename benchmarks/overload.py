@@ -11,7 +11,7 @@ deadline of `--deadline-ms` (2000); then open loop at half the peak.
 `other_5xx`          answers that are neither 200, 429, 503 nor 504, and lost connections.
 `rss_growth_mb`      the server's resident memory at the end of the overload, less that after its first third.
 `recovery_seconds`   from the end of the overload until the last request that was not answered with 200, or took longer
-                     than `RECOVERED` times the median before the overload and than any one then; 0 where there was none.
+                     than `RECOVERED` times the median before the overload and than any then; 0 where there was none.
 """
 
 import argparse
