@@ -505,6 +505,20 @@ def test_rows_that_fail_in_several_streams_end_their_request_once(streams: Worke
     assert streams.alive
 
 
+def test_a_request_that_several_rows_fail_blames_the_one_whose_error_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another stream's row fails while the first one's error is on its way."""
+    ticket = Ticket(2)
+    ends = ticket.future.set_running_or_notify_cancel
+
+    def meanwhile() -> bool:
+        ticket.fail(MemoryFull("the second"), 1)
+        return ends()
+
+    monkeypatch.setattr(ticket.future, "set_running_or_notify_cancel", meanwhile)
+    ticket.fail(AdapterdError("the first"), 0)
+    assert (str(failure(ticket)), ticket.failed, ticket.outcome) == ("the first", 0, AdapterdError.code)
+
+
 def test_a_stream_that_dies_ends_the_others_after_their_batch(streams: Worker, slow: SlowRunner) -> None:
     slow.gate.clear()
     good = streams.submit([row(GOOD, 30)])

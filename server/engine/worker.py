@@ -66,9 +66,10 @@ class Ticket:
         if self.missing == 0 and self._ends():
             self.future.set_result(self._answers)
 
-    def fail(self, error: BaseException) -> None:
-        """Ends the request with an error, if it has not ended yet."""
+    def fail(self, error: BaseException, index: int | None = None) -> None:
+        """Ends the request with an error, because of one row if `index` says so, unless it has ended."""
         if self._ends():
+            self.failed = index
             self.outcome = error.error_code if isinstance(error, AdapterdError) else AdapterdError.code
             self.future.set_exception(error)
 
@@ -77,12 +78,6 @@ class Ticket:
         with self._lock:
             first, self._ending = not self._ending, True
         return first and self.future.set_running_or_notify_cancel()
-
-    def fail_for(self, index: int, error: BaseException) -> None:
-        """The same because of one row."""
-        if not self.ended:
-            self.failed = index
-        self.fail(error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,7 +330,7 @@ class Worker:
         if len(groups) == 1:
             for queued in work:
                 if queued.ticket.strict:
-                    queued.ticket.fail_for(queued.index, _failure(error))
+                    queued.ticket.fail(_failure(error), queued.index)
         # By adapter, so that a bad one fails nobody but its own callers; then halves, so that a bad text fails alone.
         parts = groups if len(groups) > 1 and not no_memory else _halves(work)
         for part in parts:
@@ -344,7 +339,7 @@ class Worker:
         if not parts:
             [queued] = work
             failure = _failure(error)
-            queued.ticket.fail_for(queued.index, failure)
+            queued.ticket.fail(failure, queued.index)
             if queued.ref is not None and not no_memory:
                 outcomes.setdefault(queued.ref, failure)
 
