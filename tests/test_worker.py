@@ -287,6 +287,31 @@ def test_without_memory_batches_become_smaller(error: Exception, worker: Worker,
     worker.check([ref(GOOD)], 1, Terms())  # nobody's fault
 
 
+def test_a_stream_that_waits_is_not_slow(
+    worker: Worker, runner: FaultyRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What its last batch left waiting, somebody else may have taken, or given up."""
+    starts: list[float] = []
+
+    def ran(tokens: int, seconds: float) -> None:
+        starts.append(time.perf_counter() - seconds)
+
+    monkeypatch.setattr(worker._scheduler, "ran", ran)
+    first = hold(worker, runner)
+    last, given_up = worker.submit([row(GOOD, 30)]), worker.submit([row(GOOD, 30)])
+    last.future.add_done_callback(lambda _: given_up.future.cancel())  # left waiting by the last batch
+    runner.gate.set()
+    result(first)
+    result(last)
+    wait_for(lambda: bool(worker._idle))
+    starts.clear()
+    time.sleep(0.05)
+    resumed = time.perf_counter()
+    result(worker.submit([row(GOOD, 30)] * 3))
+    wait_for(lambda: len(starts) == 2)
+    assert starts[0] >= resumed
+
+
 def test_the_budget_is_measured(worker: Worker, runner: FaultyRunner) -> None:
     result(worker.submit([row(GOOD)]))
     while series(worker, "adapterd_batch_budget_tokens") != {"": 30}:

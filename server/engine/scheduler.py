@@ -429,7 +429,8 @@ class Scheduler(Generic[WorkT]):
         return Batch(filling.work, filling.waits, filling.sizes, filling.tokens, backlog=any(self.tokens.values()))
 
     def ran(self, tokens: int, seconds: float) -> None:
-        """A batch took so long, from the end of its stream's last, both of which left work waiting."""
+        """A batch took so long, from the end of its stream's last, both of which left work waiting; without what the
+        stream has waited between them."""
         if self._measured is None:
             self._measured = float(tokens), max(seconds, 1e-9)
         else:

@@ -165,6 +165,8 @@ class Worker:
         self._idle = 0
         self._running: list[Sequence[QueuedRow]] = [()] * streams.count
         """The batch of each stream."""
+        self._since = [0.0] * streams.count
+        """When each stream's last batch ended, or when it last stopped waiting for work."""
         self._threads = [
             threading.Thread(target=self._work, args=(stream,), name=f"adapterd-device-{stream}", daemon=True)
             for stream in range(streams.count)
@@ -267,13 +269,14 @@ class Worker:
         try:
             if self._streams.threads is not None:
                 torch.set_num_threads(self._streams.threads)
-            backlog, ended = False, 0.0
+            backlog = False
             while (batch := self._next_batch(stream)) is not None:
                 started = time.perf_counter()
                 self._run(batch.work)
-                before, ended = ended, time.perf_counter()
+                before, ended = self._since[stream], time.perf_counter()
                 if backlog and batch.backlog:  # from end to end: what happens between batches takes time as well
                     self._measure_throughput(batch.tokens, ended - before)
+                self._since[stream] = ended
                 self._measure(batch, ended - started)
                 backlog = batch.backlog
                 self._running[stream] = ()
@@ -300,6 +303,7 @@ class Worker:
                             self._changed.notify()  # the next idle stream
                         return batch
                     self._changed.wait(pause)
+                    self._since[stream] = time.perf_counter()  # others may take what a batch has left waiting
                 return None
             finally:
                 self._idle -= 1
