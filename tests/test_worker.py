@@ -287,9 +287,7 @@ def test_without_memory_batches_become_smaller(error: Exception, worker: Worker,
     worker.check([ref(GOOD)], 1, Terms())  # nobody's fault
 
 
-def test_a_stream_that_waits_is_not_slow(
-    worker: Worker, runner: FaultyRunner, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stream_that_waits_is_not_slow(worker: Worker, runner: FaultyRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     """What its last batch left waiting, somebody else may have taken, or given up."""
     starts: list[float] = []
 
@@ -351,10 +349,19 @@ def test_one_request_tries_an_adapter_in_quarantine(worker: Worker, runner: Faul
     fail(worker, 2)
     wait_for(lambda: bool(quarantined(worker)))
     clock.now += 10
-    worker.check([ref(BAD)], 1, Terms())
-    with pytest.raises(AdapterQuarantined):
-        worker.check([ref(BAD)], 1, Terms())
-    fail(worker)  # the one that was let through
+    for _ in range(2):
+        worker.check([ref(BAD)], 1, Terms())  # a request that is refused for something else uses nothing up
+    held, waits = hold(worker, runner), worker.submit([row(GOOD, 30)])
+    with pytest.raises(Overloaded):
+        worker.submit([row(BAD, 60)], [ref(BAD)])
+    tried = worker.submit([row(BAD)], [ref(BAD)])  # the one that is let through
+    for refused in (lambda: worker.check([ref(BAD)], 1, Terms()), lambda: worker.submit([row(BAD)], [ref(BAD)])):
+        with pytest.raises(AdapterQuarantined):
+            refused()
+    assert waiting(worker) == 33
+    runner.gate.set()
+    assert [result(held), result(waits)] == [["good"], ["good"]]
+    assert failure(tried) is not None
     wait_for(lambda: worker._quarantine._records["bad", "sha256:1"].failures == 3)
     clock.now += 9
     with pytest.raises(AdapterQuarantined):

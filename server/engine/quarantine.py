@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from server.core import AdapterRef
@@ -55,19 +55,30 @@ class Quarantine:
         self._released: OrderedDict[str, int] = OrderedDict()  # adapter -> its last release that is known here
         self._lock = threading.Lock()
 
-    def check(self, ref: AdapterRef) -> None:
-        """Raises AdapterQuarantined, with the rest of the pause; lets one caller through when a pause is over."""
-        if (ref.name, ref.version) not in self._records:
-            return
-        with self._lock:
+    def check(self, refs: Iterable[AdapterRef]) -> None:
+        """Raises AdapterQuarantined, with the rest of the pause. Who is let through has yet to `enter`."""
+        if self._records:
+            with self._lock:
+                self._due(refs)
+
+    def enter(self, refs: Iterable[AdapterRef]) -> None:
+        """The same for who goes to the device now: only one is let through when a pause is over."""
+        if self._records:
+            with self._lock:
+                for record in self._due(refs):
+                    record.until = self._clock() + self._pause_seconds
+
+    def _due(self, refs: Iterable[AdapterRef]) -> list[_Record]:
+        """The records of those that may be tried again; raises for one that may not."""
+        due = []
+        for ref in refs:
             record = self._records.get((ref.name, ref.version))
             if record is None or record.until is None:
-                return
-            rest = record.until - self._clock()
-            if rest <= 0:
-                record.until = self._clock() + self._pause_seconds
-                return
-        raise _refusal(ref, record, rest)
+                continue
+            if (rest := record.until - self._clock()) > 0:
+                raise _refusal(ref, record, rest)
+            due.append(record)
+        return due
 
     def succeeded(self, ref: AdapterRef) -> None:
         """The version has answered a text."""

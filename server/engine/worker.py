@@ -16,7 +16,7 @@ from server.engine.quarantine import Quarantine
 from server.engine.recent import ANSWERED, RanBatch, RecentBatches
 from server.engine.runner import Row, Runner
 from server.engine.scheduler import Batch, Scheduler, Unit
-from server.errors import AdapterdError, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
+from server.errors import AdapterdError, AdapterQuarantined, DeadlineExceeded, DeviceStopped, MemoryFull, ShuttingDown
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.tracing import OFF, Attributes, Place, Tracing, about
@@ -193,16 +193,13 @@ class Worker:
         for thread in self._threads:
             thread.join(max(0.0, until - time.monotonic()))
 
-    def check(self, refs: Sequence[AdapterRef | None], rows: int, terms: Terms) -> None:
-        """Raises what `submit` would for so many rows, however short, and AdapterQuarantined: before a request costs
-        anything."""
+    def check(self, refs: Sequence[AdapterRef | None], tokens: int, terms: Terms) -> None:
+        """Raises what `submit` would for so many tokens: before a request costs anything."""
         with self._changed:
             self._check_alive()
             first = refs[0] if refs else None
-            self._scheduler.check(first.name if first else "", rows, terms)
-        for ref in refs:
-            if ref is not None:
-                self._quarantine.check(ref)
+            self._scheduler.check(first.name if first else "", tokens, terms)
+        self._quarantine.check(filter(None, refs))
 
     def load(self) -> Load:
         """What runs and what waits now."""
@@ -223,7 +220,7 @@ class Worker:
     ) -> Ticket:
         """Queues the rows of one request. `refs`: whose each of them is; the server's own by default.
 
-        Raises Overloaded, ShuttingDown or DeviceStopped; never blocks on the device.
+        Raises Overloaded, AdapterQuarantined, ShuttingDown or DeviceStopped; never blocks on the device.
         """
         ticket = Ticket(len(rows), terms.strict, self._tracing.place())
         groups: dict[int, list[QueuedRow]] = {}  # rows of one text share work
@@ -232,6 +229,11 @@ class Worker:
         with self._changed:
             self._check_alive()
             units = self._scheduler.admit(list(groups.values()), terms)
+            try:
+                self._quarantine.enter(filter(None, refs or ()))
+            except AdapterQuarantined:
+                self._scheduler.discard(units)
+                raise
             self._measure_queue()
             self._changed.notify()
         ticket.future.add_done_callback(lambda _: self._ended(ticket, units))
