@@ -217,7 +217,7 @@ class ShuttingDown(AdapterdError):
 
 
 class DeviceStopped(AdapterdError):
-    """The thread that owns the device has died."""
+    """A thread that owns the device has died."""
 
     status = 503
     type = "unavailable_error"

@@ -1,1 +1,1 @@
-"""From a request to its answer: which adapter, which batch, one thread that owns the device."""
+"""From a request to its answer: which adapter, which batch, the threads that own the device."""

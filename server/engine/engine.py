@@ -273,7 +273,7 @@ class Engine:
 
     @property
     def crashed(self) -> bool:
-        """Whether the device's thread has died: no request will ever be answered again."""
+        """Whether one of the device's threads has died: no request will ever be answered again."""
         return self._worker.crashed
 
     def snapshot(self) -> Snapshot:

@@ -212,8 +212,9 @@ def at_least(inputs: Sequence[TextInput], special: int, longest: int | None) -> 
     input, and no more than `longest` where inputs are cut to that.
 
     Words are what spaces part. Words of several tokens, writing without spaces, windows that overlap and whatever comes
-    after the first COUNTED_CHARACTERS make it more. It is less only for words of which the tokenizer keeps nothing,
-    control characters alone, and for texts that are cut for an adapter that takes positions of its own, by as many.
+    after the first COUNTED_CHARACTERS make it more. It is less only for words of which the tokenizer keeps nothing
+    (accents, control characters and marks that do not show, alone), for words that only control characters part, and
+    for texts that are cut for an adapter that takes positions of its own, by as many.
     """
     left, tokens = COUNTED_CHARACTERS, 0
     for one in inputs:

@@ -36,7 +36,7 @@ class _Record:
 
 
 class Quarantine:
-    """Which versions of adapters are left out. Thread-safe: the device's thread tells, requests ask."""
+    """Which versions of adapters are left out. Thread-safe: the device's threads tell, requests ask."""
 
     def __init__(
         self,

@@ -51,7 +51,7 @@ class RanBatch:
 
 
 class RecentBatches:
-    """A ring: the device's thread writes, others read."""
+    """A ring: the device's threads write, others read."""
 
     def __init__(self) -> None:
         self._batches: deque[RanBatch] = deque(maxlen=KEPT)

@@ -1,4 +1,4 @@
-"""A batch of texts, each with its adapter, to their answers. Runs on the thread that owns the device."""
+"""A batch of texts, each with its adapter, to their answers. Runs on the threads that own the device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Runner:
     """Sorts a batch by adapter, plans it, runs the backbone once and every adapter's head on its own texts."""
 
     def __init__(self, backbone: Backbone) -> None:
-        """The backbone belongs to the runner's thread from here on."""
+        """The backbone is the runner's from here on; several threads may run batches at once."""
         self._backbone = backbone
 
     @torch.inference_mode()

@@ -24,7 +24,7 @@ from server.tracing import OFF, Attributes, Place, Tracing, about
 log = get_logger("adapterd.worker")
 
 STOP_SECONDS = 3.0
-"""How long stopping waits for the running batch. A device that hangs must not keep the process."""
+"""How long stopping waits for the running batches. A device that hangs must not keep the process."""
 
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """What torch says where the host has none, in a RuntimeError."""
@@ -111,7 +111,7 @@ class Load:
     queue_share: float
     """Of the queue: how much is taken, 0 to 1."""
     running: Sequence[str]
-    """Adapters in the running batch."""
+    """Adapters in the running batches."""
     waiting: Sequence[str]
     """Adapters for which work waits, in the order of priority and arrival."""
 
