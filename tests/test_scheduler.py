@@ -293,6 +293,19 @@ def test_those_who_come_again_and_again_leave_the_others_their_share(comers: int
     assert min(got[str(comer)] for comer in range(comers)) >= 58 * QUANTUM
 
 
+def test_a_crowd_of_newcomers_does_not_keep_the_others_waiting() -> None:
+    queue = scheduler(batch=2 * QUANTUM)
+    admit(queue, *pieces(*[16] * 1000, adapter="hot"))
+    batch(queue)
+    got: Counter[str] = Counter()
+    for turn in range(40):  # as many as the device can serve, none of them twice
+        for comer in range(2 * QUANTUM // 16):
+            admit(queue, *pieces(16, adapter=f"{turn} {comer}"))
+        for piece in batch(queue):
+            got[piece.adapter] += piece.tokens
+    assert got["hot"] >= 4 * QUANTUM
+
+
 # ------------------------------------------------------------------------------------------------------------ streams
 
 

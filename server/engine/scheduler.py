@@ -10,6 +10,7 @@ rows of many adapters.
 
 Who asks for little need not wait for those who always have work waiting: an adapter that had none is served before the
 round, for a quantum at most, which is an advance on its turn there (the new and old queues of FQ-CoDel, RFC 8290).
+While they ask for more than the round gets, further ones join it at its end.
 
 Priorities are strict: work of a lower one fills what the higher ones leave of a batch. Aging keeps it from starving: a
 priority whose oldest work has waited for too long is served first, with up to a quarter of each batch.
@@ -37,6 +38,10 @@ from server.errors import Overloaded
 QUANTUM = 256
 """Tokens of credit for a turn, times the adapter's weight. Some texts, so that rows of an adapter come together; and
 an eighth of a batch, so that a newcomer waits for few batches."""
+
+NEWCOMERS = 4 * QUANTUM
+"""Tokens by which those who come before the round may be ahead of what it sends: then others join it at its end. Else a
+crowd of them, each with little, would keep it waiting."""
 
 BORROWED = 0.5
 """Of its quantum: how much an adapter may be charged ahead of its turn, for rows in requests that wait in another's
@@ -143,6 +148,8 @@ class _Round(Generic[WorkT]):
         """Of the flows, those that had no work waiting; they come first."""
         self._old: OrderedDict[str, None] = OrderedDict()
         """The others."""
+        self._ahead = 0
+        """Tokens that newcomers have sent before the round, less those that it has sent since."""
         self.units: OrderedDict[int, Unit[WorkT]] = OrderedDict()
         """All that wait, the oldest first."""
         self.tokens = 0
@@ -162,7 +169,7 @@ class _Round(Generic[WorkT]):
 
     def add(self, unit: Unit[WorkT]) -> None:
         """At the end of its adapter's queue."""
-        flow = self._flow(unit.adapter, self._new)
+        flow = self._flow(unit.adapter, self._new if self._ahead < NEWCOMERS else self._old)
         flow.units[unit.number] = self.units[unit.number] = unit
         flow.tokens += unit.tokens
         self.tokens += unit.tokens
@@ -175,6 +182,7 @@ class _Round(Generic[WorkT]):
         flow.tokens -= unit.tokens
         self.tokens -= unit.tokens
         if not self.units:
+            self._ahead = 0
             for flows in (self._flows, self._new, self._old):
                 flows.clear()  # with nobody else waiting, nobody owes anything
         elif not flow.units and unit.adapter in self._new:
@@ -213,10 +221,11 @@ class _Round(Generic[WorkT]):
         owner = self._flows[unit.adapter]
         for piece in pieces:
             owner.credit -= piece.tokens - self._borrow(piece, unit.adapter)
+        tokens = sum(piece.tokens for piece in pieces)
+        self._ahead = max(0, self._ahead + (tokens if unit.adapter in self._new else -tokens))
         if len(pieces) == len(unit.pieces):
             self.remove(unit)
             return
-        tokens = sum(piece.tokens for piece in pieces)
         for tally in (unit, owner, self):
             tally.tokens -= tokens
         unit.pieces = unit.pieces[len(pieces) :]
