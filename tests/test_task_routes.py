@@ -1425,7 +1425,7 @@ def test_an_evaluation_measures_beside_the_event_loop_and_as_a_client_would(
 
     monkeypatch.setattr(type(TASKS[task]), "measure", watched)
     answer = upload(fresh, "x", tiny_artifact(small, task), eval=rows_of(*rows)).json()
-    assert [name.startswith("adapterd-loader") for name in threads] == [True]
+    assert [name.startswith("adapterd-upload") for name in threads] == [True]
     data = parse_dataset(rows_of(*rows), "rows", TASKS[task].example)
     asked = evaluate(fresh, "x", TASKS[task], data)  # whole predictions, not what is kept of them
     assert answer["evaluation"]["candidate"]["metrics"] == pytest.approx(asked.report.metrics)
