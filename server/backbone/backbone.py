@@ -85,7 +85,7 @@ class _Running(threading.local):
         self.rows = 0
         self.pooling = False
         """The pooler runs, outside of the model's own forward."""
-        self.streams: dict[Site, Tensor] = {}
+        self.residuals: dict[Site, Tensor] = {}
         """What a residual site waits for, within a layer."""
         self.outputs: dict[Site, Tensor] = {}
 
@@ -285,7 +285,7 @@ class Backbone:
             yield
         finally:
             running.plan, running.pooling = NO_ADAPTERS, False
-            running.streams.clear()
+            running.residuals.clear()
             running.outputs.clear()
 
     def _packed(self, rows: Sequence[_Row], found: Sequence[Share] = ()) -> Tensor:
@@ -438,7 +438,7 @@ class Backbone:
 
         def keep_stream(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             if self._acts_at(site):
-                self._running.streams[site] = inputs[0].flatten(0, -2)
+                self._running.residuals[site] = inputs[0].flatten(0, -2)
 
         def keep_output(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             if not self._acts_at(site):
@@ -447,12 +447,12 @@ class Backbone:
             if attachment.norm is not None:
                 self._running.outputs[site] = h
                 return None
-            return self._running.plan.apply(site, self._running.streams.pop(site), h, h).view_as(output)
+            return self._running.plan.apply(site, self._running.residuals.pop(site), h, h).view_as(output)
 
         def join(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Any:
             if not self._acts_at(site):
                 return None
-            stream, h = self._running.streams.pop(site), self._running.outputs.pop(site)
+            stream, h = self._running.residuals.pop(site), self._running.outputs.pop(site)
             if attachment.swapped:
                 stream, h = h, stream
             return self._running.plan.apply(site, stream, output.flatten(0, -2), h).view_as(output)
