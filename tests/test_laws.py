@@ -142,6 +142,27 @@ def test_batches_that_run_at_once_are_what_they_are_one_by_one(backbone: Backbon
             close(own, alone, TOLERANCE)
 
 
+class Unchanged(dict[str, Any]):
+    """A dictionary that stays as it is."""
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        raise AssertionError(f"{name!r} is changed")
+
+    __delitem__ = pop = update = clear = __setitem__  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_adapter_changes_the_model_even_for_a_moment(family: str) -> None:
+    """Another batch may be in the same module just then."""
+    backbone = tiny_backbone(family)
+    for module in backbone.model.modules():
+        for name in ("_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"):
+            module.__dict__[name] = Unchanged(getattr(module, name))
+    backbone._bare.clear()  # copies that share what was there before
+    bound = [adapter.bound for adapter in every_adapter(backbone)]
+    run(backbone, mixed_rows(bound, seed=0))
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("family", TYPICAL)
 @pytest.mark.parametrize("method", METHODS)

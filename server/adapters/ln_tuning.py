@@ -1,12 +1,12 @@
 """LayerNorm tuning (Zhao et al. 2023, arXiv:2312.11420): other weights and biases for normalization layers."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from server.adapters.base import AdapterMethod, Shape, unsupported
 from server.adapters.flow import Flow
@@ -73,8 +73,11 @@ class LnTuning(AdapterMethod[LnTuningConfig, NormWeights]):
         module = weights.module
         if isinstance(module, nn.LayerNorm):
             return F.layer_norm(flow.x, module.normalized_shape, weights.weight, weights.bias, module.eps)
-        params = {"weight": weights.weight} | ({} if weights.bias is None else {"bias": weights.bias})
-        y: Tensor = functional_call(module, params, (flow.x,))
+        # A copy: others run the module itself meanwhile, which torch.func.functional_call would change for a moment.
+        own = copy(module)
+        params = {name: value for name, value in (("weight", weights.weight), ("bias", weights.bias)) if value is not None}
+        own.__dict__["_parameters"] = module._parameters | params
+        y: Tensor = own(flow.x)
         return y
 
     def apply_run(self, weights: Sequence[NormWeights], flow: Flow) -> Iterator[Tensor]:
