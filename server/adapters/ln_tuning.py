@@ -75,7 +75,9 @@ class LnTuning(AdapterMethod[LnTuningConfig, NormWeights]):
             return F.layer_norm(flow.x, module.normalized_shape, weights.weight, weights.bias, module.eps)
         # A copy: others run the module itself meanwhile, which torch.func.functional_call would change for a moment.
         own = copy(module)
-        params = {name: value for name, value in (("weight", weights.weight), ("bias", weights.bias)) if value is not None}
+        params = {
+            name: value for name, value in (("weight", weights.weight), ("bias", weights.bias)) if value is not None
+        }
         own.__dict__["_parameters"] = module._parameters | params
         y: Tensor = own(flow.x)
         return y

@@ -4,7 +4,6 @@ rsLoRA (Kalajdzievski 2023, arXiv:2312.03732) scales by alpha / sqrt(r) instead.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
-from server.adapters.base import AdapterMethod, Host, Shape
+from server.adapters.base import AdapterMethod, Host, Shape, in_one_piece
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import LowRank, low_rank, low_rank_run
 from server.adapters.targets import TargetConfig, check_paths, find_sites, per_target, select, with_default
@@ -112,17 +111,17 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
     def bind_sites(
         self, config: LoraConfig, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
     ) -> dict[Site, LowRank]:
-        """All B of one shape and scale together."""
-        alike: defaultdict[tuple[torch.Size, float], dict[Site, Tensor]] = defaultdict(dict)
-        for site, params in sites.items():
-            b = _factor("B", site, params)
-            alike[b.shape, config.scale(site)][site] = b
-        bound: dict[Site, Tensor] = {}
-        for (_, scale), own in alike.items():
-            transposed = (torch.stack(list(own.values())) * scale).mT
-            copies: Any = torch.unbind_copy(transposed)  # type: ignore[func-returns-value]  # torch's stub says None
-            bound |= zip(own, copies, strict=True)
-        return {site: _low_rank(config, site, params, bound[site]) for site, params in sites.items()}
+        """In inference mode, where nobody trains them, all B go straight to where they stay."""
+        factors = [_factor("B", site, params) for site, params in sites.items()]
+        scales = [config.scale(site) for site in sites]
+        if torch.is_inference_mode_enabled():
+            bound = in_one_piece([b.t() for b in factors], [b.dtype for b in factors], host.device)
+            torch._foreach_mul_(bound, scales)
+        else:
+            bound = [(b * scale).t().contiguous() for b, scale in zip(factors, scales, strict=True)]
+        return {
+            site: _low_rank(config, site, params, b) for (site, params), b in zip(sites.items(), bound, strict=True)
+        }
 
     def apply(self, weights: LowRank, flow: Flow) -> Tensor:
         """y + x A B."""
