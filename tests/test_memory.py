@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.failures import Failures
-from server.engine.memory import Memory
+from server.engine.memory import PROTECTED_SHARE, Memory
 from server.errors import MemoryFull, OverBudget, StoreUnavailable
 from server.metrics import Metrics
 
@@ -21,7 +21,7 @@ def memory(max_bytes: int, wait_seconds: float = 0.0, metrics: Metrics | None = 
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """What is in memory is what a plain list of (key, size) says, least recently used first."""
+    """What is in memory is what two plain lists of (key, size) say: asked for once, and again; least recent first."""
 
     BUDGET = 100
 
@@ -29,7 +29,8 @@ class MemoryMachine(RuleBasedStateMachine):
         super().__init__()
         self.metrics = Metrics()
         self.memory = memory(self.BUDGET, metrics=self.metrics)
-        self.values: list[tuple[str, int]] = []
+        self.once: list[tuple[str, int]] = []
+        self.again: list[tuple[str, int]] = []
         self.held: list[tuple[str, Any]] = []
         self.pinned: set[str] = set()
         self.retired: set[str] = set()
@@ -38,6 +39,10 @@ class MemoryMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.loop.close()
 
+    @property
+    def values(self) -> list[tuple[str, int]]:
+        return self.once + self.again
+
     def size(self) -> int:
         return sum(size for _, size in self.values)
 
@@ -45,12 +50,12 @@ class MemoryMachine(RuleBasedStateMachine):
         return key in self.pinned or any(key == held for held, _ in self.held)
 
     def without(self, key: str) -> None:
-        self.values = [(one, size) for one, size in self.values if one != key]
+        self.once, self.again = ([one for one in line if one[0] != key] for line in (self.once, self.again))
         self.retired.discard(key)
 
     @rule(key=KEYS, nbytes=st.integers(0, 110), claimed=st.integers(0, 110))
     def bring(self, key: str, nbytes: int, claimed: int) -> None:
-        before, retired = list(self.values), set(self.retired)
+        before = list(self.once), list(self.again), set(self.retired)
 
         def room(needed: int, replaced: str = "") -> bool:
             leaving = [one for one, _ in self.values if one != replaced and not self.stays(one)]
@@ -64,15 +69,16 @@ class MemoryMachine(RuleBasedStateMachine):
         if claimed > self.BUDGET:
             expected = OverBudget
         elif not room(claimed):
-            expected, self.values, self.retired = MemoryFull, before, retired
+            expected = MemoryFull
+            self.once, self.again, self.retired = before
         else:
-            after, gone = list(self.values), set(self.retired)
+            after = list(self.once), list(self.again), set(self.retired)
             if room(nbytes - dict(self.values).get(key, 0), key):
                 self.without(key)
-                self.values.append((key, nbytes))
+                self.once.append((key, nbytes))
             else:
                 expected = OverBudget if nbytes > self.BUDGET else MemoryFull
-                self.values, self.retired = after, gone
+                self.once, self.again, self.retired = after
         with pytest.raises(expected) if expected else nullcontext():
             self.loop.run_until_complete(take(self.memory, key, nbytes, claimed))
 
@@ -81,7 +87,10 @@ class MemoryMachine(RuleBasedStateMachine):
         size = dict(self.values).get(key)
         assert self.memory.get(key) == (None if size is None else key.upper())
         if size is not None:
-            self.values = [one for one in self.values if one[0] != key] + [(key, size)]
+            self.once, self.again = ([one for one in line if one[0] != key] for line in (self.once, self.again))
+            self.again.append((key, size))
+            while sum(size for _, size in self.again) > PROTECTED_SHARE * self.BUDGET:
+                self.once.append(self.again.pop(0))
 
     @rule(key=KEYS)
     def hold(self, key: str) -> None:
@@ -115,7 +124,8 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @invariant()
     def same_as_the_model(self) -> None:
-        assert [key for key, _ in self.values] == list(self.memory._values)
+        assert [key for key, _ in reversed(self.values)] == list(self.memory)
+        assert self.memory._protected_bytes == sum(size for _, size in self.again)
         assert self.memory._bytes == self.size() <= self.BUDGET
         assert [self.memory.nbytes(key) for key, _ in self.values] == [size for _, size in self.values]
         sample = self.metrics.registry.get_sample_value

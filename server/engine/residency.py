@@ -70,7 +70,7 @@ class Residency:
 
     def loaded(self) -> Iterator[tuple[str, str]]:
         """Versions in memory and where: `gpu` where they are ready to run, though that be a CPU, else `cpu`; those
-        first, the most recently used first."""
+        first, the first to leave last."""
         for version in self._device:
             yield version, "gpu"
         for version in self._host or ():
