@@ -19,11 +19,12 @@ from server.engine.scheduler import (
     BORROWED,
     GATHERED_TOKENS,
     GATHERING_SHARE,
-    HEADROOM,
     QUANTUM,
     ROOM_SHARE,
+    RUN_HEADROOM,
     SHRUNK_SECONDS,
     SPREAD_TOKENS,
+    WAIT_HEADROOM,
     Batch,
     Scheduler,
     Unit,
@@ -521,11 +522,13 @@ def test_the_throughput_follows_the_batches() -> None:
 @pytest.mark.parametrize(
     ("adapter", "priority", "seconds", "taken"),
     [
-        ("hot", NORMAL, 10.1 * HEADROOM, False),  # 1000 tokens and a batch, at 100 a second, are before it
-        ("hot", NORMAL, 10.3 * HEADROOM, True),
-        ("quiet", NORMAL, 0.35 * HEADROOM, True),  # the others get no more than it does before its turn
-        ("quiet", NORMAL, 0.25 * HEADROOM, False),
-        ("quiet", LOW, 9.9, False),  # comes after all of them
+        # 1000 tokens at 100 a second are before it; a batch of 10 runs, and it has 10 itself
+        ("hot", NORMAL, 10.0 * WAIT_HEADROOM + 0.19 * RUN_HEADROOM, False),
+        ("hot", NORMAL, 10.0 * WAIT_HEADROOM + 0.21 * RUN_HEADROOM, True),
+        # the others get no more than it does before its turn
+        ("quiet", NORMAL, 0.1 * WAIT_HEADROOM + 0.19 * RUN_HEADROOM, False),
+        ("quiet", NORMAL, 0.1 * WAIT_HEADROOM + 0.21 * RUN_HEADROOM, True),
+        ("quiet", LOW, 10.0 * WAIT_HEADROOM, False),  # comes after all of them
         ("quiet", HIGH, 0.05, True),  # comes before all of them
     ],
 )

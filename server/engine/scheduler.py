@@ -53,9 +53,13 @@ AGED_SHARE = 0.25
 ROOM_SHARE = 3
 """How many times the room that is left one adapter may queue. Alone, it fills three quarters of the queue."""
 
-HEADROOM = 1.5
+WAIT_HEADROOM = 2.5
 """How many times the estimated wait has to fit into what is left until a deadline. The estimate knows what waits now; a
-request that comes later for an adapter with a shorter queue runs before."""
+request that comes later for an adapter with a shorter queue runs before. And a queue that is no longer than it has to
+be is gone the sooner once the crowd has left."""
+
+RUN_HEADROOM = 1.5
+"""The same of the batch that runs and of the request's own."""
 
 FORGOTTEN = 256
 """Deadlines of work that is done which may stay until their time."""
@@ -482,17 +486,15 @@ class Scheduler(Generic[WorkT]):
         if terms.deadline is None:
             return
         left = terms.deadline - self._clock()
-        fits = left / HEADROOM
-        # Tokens that run now, which nobody counts, and those that run beside the request's own batch.
-        running = (2 * self._streams - 1) * self.budget
-        if self._seconds(ahead + tokens + running) <= fits:
+        # Tokens that run now, which nobody counts, those that run beside the request's own batch, and its own.
+        running = RUN_HEADROOM * self._seconds((2 * self._streams - 1) * self.budget + tokens)
+        if WAIT_HEADROOM * self._seconds(ahead) + running <= left:
             return
         line = self._rounds[terms.priority]
-        seconds = self._seconds(ahead - line.tokens + line.before(adapter, tokens) + running)
-        if seconds > fits:
+        waits = self._seconds(ahead - line.tokens + line.before(adapter, tokens) - tokens)
+        if (seconds := WAIT_HEADROOM * waits + running) > left:
             raise self._overloaded(
-                f"the answer would take about {seconds:.1f} s, {max(left, 0.0):.1f} s are left until the request's "
-                "deadline",
+                f"the answer may take {seconds:.1f} s, {max(left, 0.0):.1f} s are left until the request's deadline",
                 ahead,
                 "deadline_unreachable",
             )
