@@ -14,8 +14,9 @@ from functools import lru_cache
 SMALLEST_BYTES = 64 * 1024
 """Smaller pieces are malloc's."""
 
-KEPT_BYTES = 8 * 1024 * 1024
-"""Memory that waits to be used again, all together: some files on their way, and what has just left."""
+KEPT_BYTES = 5 * 1024 * 1024
+"""Memory that waits to be used again, all together: some files on their way, and what has just left. A third less, and
+16 cold loads at once take a quarter longer."""
 
 
 class Blocks:
