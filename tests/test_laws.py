@@ -142,6 +142,21 @@ def test_batches_that_run_at_once_are_what_they_are_one_by_one(backbone: Backbon
             close(own, alone, TOLERANCE)
 
 
+@pytest.mark.parametrize("family", TYPICAL)
+def test_what_is_loaded_is_what_is_bound(family: str) -> None:
+    """To the bit, in the number format whose rounding shows; and it takes no more memory."""
+    backbone = tiny_backbone(family, dtype=torch.bfloat16)
+    for adapter in every_adapter(backbone):
+        loaded = adapter.blueprint.load(adapter.tensors, backbone)
+        bound = adapter.blueprint.bind(adapter.tensors, backbone)
+        for own, part in zip(loaded.weights.parts, bound.weights.parts, strict=True):
+            assert own.sites.keys() == part.sites.keys()
+            for site, weights in own.sites.items():
+                for one, other in zip(tree_leaves(weights), tree_leaves(part.sites[site]), strict=True):
+                    assert torch.equal(one, other) if isinstance(one, Tensor) else one is other
+        assert loaded.nbytes <= 1.2 * bound.nbytes + 4096
+
+
 class Unchanged(dict[str, Any]):
     """A dictionary that stays as it is."""
 

@@ -1,6 +1,7 @@
 """Memory with a budget: against a model, and what waits for it."""
 
 import asyncio
+from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,7 +22,8 @@ def memory(max_bytes: int, wait_seconds: float = 0.0, metrics: Metrics | None = 
 
 
 class MemoryMachine(RuleBasedStateMachine):
-    """What is in memory is what two plain lists of (key, size) say: asked for once, and again; least recent first."""
+    """What is in memory is what two plain lists of (key, size) say: asked for once, and again; least recent first. A
+    third one has the keys of those that left for others."""
 
     BUDGET = 100
 
@@ -31,6 +33,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.memory = memory(self.BUDGET, metrics=self.metrics)
         self.once: list[tuple[str, int]] = []
         self.again: list[tuple[str, int]] = []
+        self.ghosts: list[str] = []
         self.held: list[tuple[str, Any]] = []
         self.pinned: set[str] = set()
         self.retired: set[str] = set()
@@ -55,14 +58,21 @@ class MemoryMachine(RuleBasedStateMachine):
 
     @rule(key=KEYS, nbytes=st.integers(0, 110), claimed=st.integers(0, 110))
     def bring(self, key: str, nbytes: int, claimed: int) -> None:
-        before = list(self.once), list(self.again), set(self.retired)
-
         def room(needed: int, replaced: str = "") -> bool:
-            leaving = [one for one, _ in self.values if one != replaced and not self.stays(one)]
-            while self.size() + needed > self.BUDGET:
-                if not leaving:
-                    return False
-                self.without(leaving.pop(0))
+            values, size = self.values, self.size()
+            leaving: list[str] = []
+            for one, own in values:
+                if size + needed <= self.BUDGET:
+                    break
+                if one != replaced and not self.stays(one):
+                    leaving.append(one)
+                    size -= own
+            if size + needed > self.BUDGET:
+                return False
+            for one in leaving:
+                self.without(one)
+                self.ghosts = [ghost for ghost in self.ghosts if ghost != one] + [one]
+            self.ghosts = self.ghosts[max(0, len(self.ghosts) - len(values)) :]
             return True
 
         expected: type[Exception] | None = None
@@ -70,15 +80,17 @@ class MemoryMachine(RuleBasedStateMachine):
             expected = OverBudget
         elif not room(claimed):
             expected = MemoryFull
-            self.once, self.again, self.retired = before
+        elif nbytes > self.BUDGET:
+            expected = OverBudget
+        elif not room(nbytes - dict(self.values).get(key, 0), key):
+            expected = MemoryFull
         else:
-            after = list(self.once), list(self.again), set(self.retired)
-            if room(nbytes - dict(self.values).get(key, 0), key):
-                self.without(key)
-                self.once.append((key, nbytes))
-            else:
-                expected = OverBudget if nbytes > self.BUDGET else MemoryFull
-                self.once, self.again, self.retired = after
+            again = key in self.ghosts or key in dict(self.again)
+            self.ghosts = [ghost for ghost in self.ghosts if ghost != key]
+            self.without(key)
+            self.once.append((key, nbytes))
+            if again:
+                self.used(key)
         with pytest.raises(expected) if expected else nullcontext():
             self.loop.run_until_complete(take(self.memory, key, nbytes, claimed))
 
@@ -87,10 +99,14 @@ class MemoryMachine(RuleBasedStateMachine):
         size = dict(self.values).get(key)
         assert self.memory.get(key) == (None if size is None else key.upper())
         if size is not None:
-            self.once, self.again = ([one for one in line if one[0] != key] for line in (self.once, self.again))
-            self.again.append((key, size))
-            while sum(size for _, size in self.again) > PROTECTED_SHARE * self.BUDGET:
-                self.once.append(self.again.pop(0))
+            self.used(key)
+
+    def used(self, key: str) -> None:
+        size = dict(self.values)[key]
+        self.once, self.again = ([one for one in old if one[0] != key] for old in (self.once, self.again))
+        (self.again if size <= PROTECTED_SHARE * self.BUDGET else self.once).append((key, size))
+        while sum(size for _, size in self.again) > PROTECTED_SHARE * self.BUDGET:
+            self.once.append(self.again.pop(0))
 
     @rule(key=KEYS)
     def hold(self, key: str) -> None:
@@ -125,6 +141,7 @@ class MemoryMachine(RuleBasedStateMachine):
     @invariant()
     def same_as_the_model(self) -> None:
         assert [key for key, _ in reversed(self.values)] == list(self.memory)
+        assert list(self.memory._ghosts) == self.ghosts
         assert self.memory._protected_bytes == sum(size for _, size in self.again)
         assert self.memory._bytes == self.size() <= self.BUDGET
         assert [self.memory.nbytes(key) for key, _ in self.values] == [size for _, size in self.values]
@@ -134,6 +151,38 @@ class MemoryMachine(RuleBasedStateMachine):
 
 
 TestMemoryMachine = MemoryMachine.TestCase
+
+
+def loads(values: Memory[str], keys: Iterable[str]) -> int:
+    """How many of the keys, asked for in turn, are not there and have to be brought."""
+
+    async def run() -> int:
+        missing = 0
+        for key in keys:
+            if values.get(key) is None:
+                missing += 1
+                async with values.claim(10) as claim:
+                    await claim.settle(key, key, 10)
+        return missing
+
+    return asyncio.run(run())
+
+
+def test_a_crawl_pushes_out_few_of_those_in_demand() -> None:
+    values = memory(100)
+    wanted = [f"wanted {index}" for index in range(8)]
+    loads(values, wanted * 2)
+    loads(values, (f"crawled {index}" for index in range(1000)))
+    assert loads(values, wanted) == 0
+
+
+@pytest.mark.parametrize(("slots", "yesterday", "today"), [(100, 90, 30), (4, 3, 2), (10, 8, 10), (10, 10, 9)])
+def test_what_is_in_demand_today_takes_the_place_of_what_was(slots: int, yesterday: int, today: int) -> None:
+    values = memory(10 * slots)
+    loads(values, [f"old {index}" for index in range(yesterday)] * 3)
+    passes = [loads(values, [f"new {index}" for index in range(today)]) for _ in range(4)]
+    assert passes[0] == today
+    assert passes[-1] == 0
 
 
 def test_a_claim_waits_for_a_value_to_be_let_go() -> None:

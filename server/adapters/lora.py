@@ -111,14 +111,13 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
     def bind_sites(
         self, config: LoraConfig, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
     ) -> dict[Site, LowRank]:
-        """In inference mode, where nobody trains them, all B go straight to where they stay."""
+        """All B together, where nobody trains them."""
         factors = [_factor("B", site, params) for site, params in sites.items()]
         scales = [config.scale(site) for site in sites]
-        if torch.is_inference_mode_enabled():
-            bound = in_one_piece([b.t() for b in factors], [b.dtype for b in factors], host.device)
-            torch._foreach_mul_(bound, scales)
-        else:
+        if any(b.requires_grad for b in factors):
             bound = [(b * scale).t().contiguous() for b, scale in zip(factors, scales, strict=True)]
+        else:
+            bound = _scaled(factors, scales, host)
         return {
             site: _low_rank(config, site, params, b) for (site, params), b in zip(sites.items(), bound, strict=True)
         }
@@ -134,6 +133,16 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
 
 def _factor(factor: str, site: Site, params: Mapping[str, Tensor]) -> Tensor:
     return params[f"lora_embedding_{factor}" if site.kind is SiteKind.EMBEDDING else f"lora_{factor}"]
+
+
+@torch.inference_mode()
+def _scaled(factors: Sequence[Tensor], scales: Sequence[float], host: Host) -> list[Tensor]:
+    """B transposed and scaled, in one piece of memory: made one by one, or on a stack, they would leave holes among the
+    small objects of adapters, in malloc's memory."""
+    bound = in_one_piece([b.t() for b in factors], [b.dtype for b in factors], host.device)
+    for b, scale in zip(bound, scales, strict=True):
+        b.mul_(scale)  # torch._foreach_mul_ rounds the scale to the tensors' format first
+    return bound
 
 
 def _low_rank(config: LoraConfig, site: Site, params: Mapping[str, Tensor], b: Tensor) -> LowRank:

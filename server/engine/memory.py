@@ -1,9 +1,11 @@
 """Memory with a budget in bytes: what is in it, what is about to come, and who has to leave.
 
 The least recently used leave, in two segments (segmented LRU: Karedla, Love and Wherry, "Caching Strategies to Improve
-Disk System Performance", IEEE Computer, 1994): first what was asked for once, then what was asked for again while it
-was here. So a crawl through thousands of adapters that nobody else wants pushes out none of those in demand, and where
-popularity follows Zipf's law there are a fifth fewer loads.
+Disk System Performance", IEEE Computer, 1994): first those on probation, which were asked for once, then the protected
+ones, which were asked for again. So a crawl through thousands of adapters that nobody else wants pushes out few of
+those in demand, and where popularity follows Zipf's law there are a seventh fewer loads. The keys of what has left are
+remembered for a while (the ghosts of ARC: Megiddo and Modha, FAST 2003): who comes back is protected at once. Else
+what was in demand yesterday would stay, and what is in demand today push itself out for ever.
 """
 
 import asyncio
@@ -19,8 +21,8 @@ from server.metrics import Metrics
 V = TypeVar("V")
 
 PROTECTED_SHARE = 0.8
-"""Of the budget: how much what was asked for again may take before what was asked for once has to leave. By Zipf's law
-over ten times as many values as fit, 0.8 and 0.9 are equally good, 0.5 halves the gain."""
+"""Of the budget: how much may be protected. By Zipf's law over ten times as many values as fit, 0.8 and 0.9 are equally
+good, 0.5 halves the gain."""
 
 
 class Claim(Generic[V]):
@@ -53,10 +55,12 @@ class Memory(Generic[V]):
         self._evictions = metrics.evictions.labels(tier)
         self._values: dict[str, tuple[V, int]] = {}
         self._probation: OrderedDict[str, None] = OrderedDict()
-        """Keys of what was asked for once, and of what was longest in protection."""
+        """Keys of what was asked for once, and of what has lost its protection."""
         self._protected: OrderedDict[str, None] = OrderedDict()
         """Keys of the others."""
         self._protected_bytes = 0
+        self._ghosts: OrderedDict[str, None] = OrderedDict()
+        """Keys of the last that left for others, no more than there are values."""
         self._held: Counter[str] = Counter()
         self._pinned: Set[str] = frozenset()
         self._retired: set[str] = set()
@@ -80,7 +84,7 @@ class Memory(Generic[V]):
         return key in self._values
 
     def get(self, key: str) -> V | None:
-        """The value, which is protected from here on, as the most recently used one; None where it is not here."""
+        """The value, the most recently used one from here on, and protected; None where it is not here."""
         if key not in self._values:
             return None
         self._protect(key)
@@ -140,11 +144,15 @@ class Memory(Generic[V]):
     async def settle(self, claim: Claim[V], key: str, value: V, nbytes: int) -> None:
         """Puts the value where its claim was, and what was there under this key."""
         await self._make_room(nbytes, claim.nbytes, replaced=key)
+        known = key in self._protected or key in self._ghosts
+        self._ghosts.pop(key, None)
         self._drop(key)
         self._values[key] = value, nbytes
         self._probation[key] = None
         self._bytes += nbytes - claim.nbytes
         claim.nbytes = 0
+        if known:
+            self._protect(key)
         self._measure()
 
     async def _make_room(self, nbytes: int, claimed: int = 0, replaced: str | None = None) -> None:
@@ -189,17 +197,24 @@ class Memory(Generic[V]):
             return False
         for key in leaving:
             self._drop(key)
+            self._ghosts[key] = None
             self._evictions.inc()
+        while len(self._ghosts) > len(self._values) + len(leaving):
+            self._ghosts.popitem(last=False)
         return True
 
     def _protect(self, key: str) -> None:
         if key in self._protected:
             self._protected.move_to_end(key)
             return
+        limit = PROTECTED_SHARE * self.max_bytes
+        if self.nbytes(key) > limit:
+            self._probation.move_to_end(key)
+            return
         del self._probation[key]
         self._protected[key] = None
         self._protected_bytes += self.nbytes(key)
-        while self._protected_bytes > PROTECTED_SHARE * self.max_bytes:
+        while self._protected_bytes > limit:
             longest, _ = self._protected.popitem(last=False)
             self._protected_bytes -= self.nbytes(longest)
             self._probation[longest] = None

@@ -160,9 +160,8 @@ class Blueprint:
         bound = self._bound(placed, host)
         return replace(bound, nbytes=memory(([part.sites for part in bound.weights.parts], bound.head)))
 
-    @torch.inference_mode()
     def load(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
-        """The same of tensors that nobody trains and nobody else keeps: in few pieces of memory, and in few calls."""
+        """The same of tensors that nobody trains and nobody else keeps: in one piece of memory, and in few calls."""
         placed = dict(tensors)
         device = host.device
         others: dict[str, torch.dtype] = {}
