@@ -516,7 +516,7 @@ def test_pinned_adapters_stay_in_memory(bert: Backbone, store: AdapterStore) -> 
         listed = {one["name"]: one["resident"] for one in client.get(ADMIN).json()["adapters"]}
         assert [name for name, resident in listed.items() if resident] == ["a0", "a1", "a2"]
         assert client.delete(f"{ADMIN}/a0/pin").json() == {"adapter": "a0", "pinned": False}
-        for name in names:
+        for name in names[1:5] * 3:
             serving(client, name)
         assert not client.get(f"{ADMIN}/a0").json()["resident"]
 
