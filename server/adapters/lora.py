@@ -105,8 +105,7 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
         module: nn.Module,
     ) -> LowRank:
         """Folds the scale into B, transposed."""
-        b = (_factor("B", site, params) * config.scale(site)).t().contiguous()
-        return _low_rank(config, site, params, b)
+        return _low_rank(config, site, params, _transposed(_factor("B", site, params), config.scale(site)))
 
     def bind_sites(
         self, config: LoraConfig, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
@@ -115,9 +114,9 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
         factors = [_factor("B", site, params) for site, params in sites.items()]
         scales = [config.scale(site) for site in sites]
         if any(b.requires_grad for b in factors):
-            bound = [(b * scale).t().contiguous() for b, scale in zip(factors, scales, strict=True)]
+            bound = list(map(_transposed, factors, scales))
         else:
-            bound = _scaled(factors, scales, host)
+            bound = _all_transposed(factors, scales, host)
         return {
             site: _low_rank(config, site, params, b) for (site, params), b in zip(sites.items(), bound, strict=True)
         }
@@ -135,10 +134,15 @@ def _factor(factor: str, site: Site, params: Mapping[str, Tensor]) -> Tensor:
     return params[f"lora_embedding_{factor}" if site.kind is SiteKind.EMBEDDING else f"lora_{factor}"]
 
 
+def _transposed(b: Tensor, scale: float) -> Tensor:
+    """B [size_out, rank], scaled -> [rank, size_out]. Differentiable."""
+    return (b * scale).t().contiguous()
+
+
 @torch.inference_mode()
-def _scaled(factors: Sequence[Tensor], scales: Sequence[float], host: Host) -> list[Tensor]:
-    """B transposed and scaled, in one piece of memory: made one by one, or on a stack, they would leave holes among the
-    small objects of adapters, in malloc's memory."""
+def _all_transposed(factors: Sequence[Tensor], scales: Sequence[float], host: Host) -> list[Tensor]:
+    """The same for many, not differentiable, in one piece of memory: made one by one, or on a stack, they would leave
+    holes among the small objects of adapters, in malloc's memory."""
     bound = in_one_piece([b.t() for b in factors], [b.dtype for b in factors], host.device)
     for b, scale in zip(bound, scales, strict=True):
         b.mul_(scale)  # torch._foreach_mul_ rounds the scale to the tensors' format first
