@@ -80,6 +80,18 @@ class KeyValue(NamedTuple):
     """One number for each text, or two, that keys and values are multiplied by."""
 
 
+class Turned(NamedTuple):
+    """How a parameter is given to `bind`: another way than it is stored."""
+
+    transposed: bool = False
+    scale: float = 1.0
+    """What it is multiplied by."""
+
+    def laid(self, value: Tensor) -> Tensor:
+        """A view that lies as `bind` wants it."""
+        return value.t() if self.transposed else value
+
+
 class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
     """One kind of adapter. Stateless: an instance is shared by all adapters of the kind.
 
@@ -123,21 +135,19 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
         """Prepares what the sites share, once for all of them: `bind` is given this. Differentiable."""
         return shared
 
+    def turned(self, config: ConfigT, site: Site) -> dict[str, Turned]:
+        """Parameters of a site that `bind` is given transposed or multiplied.
+
+        What is said here is done while an adapter's numbers are copied to where they will lie, at little cost; what
+        `bind` does itself takes calls and memory of its own.
+        """
+        return {}
+
     @abstractmethod
     def bind(
         self, config: ConfigT, site: Site, params: Mapping[str, Tensor], shared: Mapping[str, Tensor], module: nn.Module
     ) -> WeightsT:
-        """Prepares the parameters of one site for `apply`. Differentiable."""
-
-    def bind_sites(
-        self, config: ConfigT, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
-    ) -> dict[Site, WeightsT]:
-        """The same for all sites of an adapter, each given with its parameters.
-
-        A method that can prepare several sites in one call does so here: a call on tensors of this size costs more than
-        what it computes. This one goes site by site.
-        """
-        return {site: self.bind(config, site, params, shared, host.module(site)) for site, params in sites.items()}
+        """Prepares the parameters of one site, turned, for `apply`. Differentiable."""
 
     def framing(self, config: ConfigT) -> Framing:
         """What the adapter does to the frame of its texts."""
@@ -181,6 +191,8 @@ class Layout:
     """The same for what the sites share."""
     shapes: Mapping[str, Shape]
     """Artifact tensor name -> shape, for all of them."""
+    turned: Mapping[str, Turned]
+    """Artifact tensor name -> how it is turned, of those that are."""
     reaches_all: bool
     """Whether it acts at a site that all rows share."""
 
@@ -214,7 +226,8 @@ class Part:
         shapes = {shared[param]: shape for param, shape in shared_shapes.items()}
         for site, names in sites.items():
             shapes |= {name: at[site][param] for param, name in names.items()}
-        return Layout(sites, shared, shapes, any(spec.sites[site].reach is Reach.SHARED for site in sites))
+        turned = {tensor_name(site, param): how for site in sites for param, how in method.turned(config, site).items()}
+        return Layout(sites, shared, shapes, turned, any(spec.sites[site].reach is Reach.SHARED for site in sites))
 
     def sites(self, spec: BackboneSpec) -> list[Site]:
         """Where it acts."""
@@ -236,43 +249,69 @@ class Part:
         }
 
     def bind(self, tensors: Mapping[str, Tensor], host: Host) -> "BoundPart":
-        """Prepares its tensors at all its sites. They must have passed `check_tensors`."""
+        """Prepares its tensors, turned, at all its sites. They must have passed `check_tensors`."""
         method, config, layout = self.method, self.config, self.layout(host.spec)
         # Copied, so that what a site has of them may stay a view: it is the same at all of them.
         shared = method.share(config, {param: tensors[name].clone() for param, name in layout.shared.items()}, host)
-        params = {site: {param: tensors[name] for param, name in names.items()} for site, names in layout.sites.items()}
-        return BoundPart(method, method.bind_sites(config, params, shared, host), method.framing(config))
+        sites = {
+            site: method.bind(
+                config, site, {param: tensors[name] for param, name in names.items()}, shared, host.module(site)
+            )
+            for site, names in layout.sites.items()
+        }
+        return BoundPart(method, sites, method.framing(config))
 
 
 def memory(bound: Any) -> int:
     """Bytes of the tensors in bound weights, and of what holds them. What adapters share counts for each of them."""
-    storages: dict[int, int] = {}
     tensors = _tensors(bound)
-    for tensor in tensors:
-        storage = tensor.untyped_storage()
-        storages[id(storage) if tensor.is_meta else storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values()) + TENSOR_BYTES * len(tensors)
+    return _memory(tensors, map(_storage, tensors))
 
 
-def compacted(bound: T, given: Iterable[Tensor] = ()) -> T:
-    """The same bound weights in one piece of memory, which goes back in one piece.
+def _memory(tensors: Sequence[Tensor], storages: Iterable[int]) -> int:
+    distinct = dict(zip(storages, tensors, strict=True))
+    return sum(tensor.untyped_storage().nbytes() for tensor in distinct.values()) + TENSOR_BYTES * len(tensors)
+
+
+def _storage(tensor: Tensor) -> int:
+    """The same for tensors that share their memory."""
+    storage = tensor.untyped_storage()
+    return id(storage) if tensor.is_meta else storage.data_ptr()
+
+
+def compacted(bound: T, given: Iterable[Tensor] = ()) -> tuple[T, int]:
+    """The same bound weights in one piece of memory, which goes back in one piece; and their `memory`.
 
     In pieces of a few kilobytes, weights that come and go leave holes that cost a quarter of their memory. Parameters
     of the backbone and views stay where they are: others may have the rest of them; but not views of what was `given`,
-    which nobody else keeps.
+    which nobody else keeps. Where they are all that is in it, they lie in one piece already.
     """
-    passing = {tensor.untyped_storage().data_ptr() for tensor in given}
-    own: dict[int, Tensor] = {}
-    for value in _tensors(bound):
-        if value.is_contiguous() and value.numel():
-            stays = value._is_view() or isinstance(value, nn.Parameter)
-            if not stays or value.untyped_storage().data_ptr() in passing:
-                own[id(value)] = value
+    tensors = _tensors(bound)
+    storages = list(map(_storage, tensors))
+    passing = set(map(_storage, given))
+    own = {
+        id(value): value
+        for value, storage in zip(tensors, storages, strict=True)
+        if value.is_contiguous()
+        and value.numel()
+        and (storage in passing or not (value._is_view() or isinstance(value, nn.Parameter)))
+    }
     if not own:
-        return bound
+        return bound, _memory(tensors, storages)
     values = list(own.values())
+    if _fills_one_piece(values):
+        return bound, _memory(tensors, storages)
     copies = in_one_piece(values, [value.dtype for value in values], values[0].device)
-    return cast(T, _replaced(bound, dict(zip(own, copies, strict=True))))
+    moved = cast(T, _replaced(bound, dict(zip(own, copies, strict=True))))
+    return moved, memory(moved)
+
+
+def _fills_one_piece(values: Sequence[Tensor]) -> bool:
+    """Whether all lie in one piece of memory, with little else in it."""
+    if len(set(map(_storage, values))) > 1:
+        return False
+    used = sum(value.nbytes for value in values)
+    return used >= values[0].untyped_storage().nbytes() - ALIGNMENT * len(values)
 
 
 @torch.inference_mode()
@@ -293,6 +332,21 @@ def in_one_piece(values: Sequence[Tensor], dtypes: Sequence[torch.dtype], device
                 copies[index] = place
     torch._foreach_copy_(copies, list(values))
     return copies
+
+
+@torch.inference_mode()
+def multiplied(values: Sequence[Tensor], factors: Sequence[float]) -> None:
+    """Multiplies in place."""
+    by_factor: dict[float, list[Tensor]] = {}
+    for value, factor in zip(values, factors, strict=True):
+        if factor != 1:
+            by_factor.setdefault(factor, []).append(value)
+    for factor, same in by_factor.items():
+        if float(torch.tensor(factor, dtype=same[0].dtype)) == factor:
+            torch._foreach_mul_(same, factor)
+        else:  # which torch._foreach_mul_ would round to the tensors' format first
+            for value in same:
+                value.mul_(factor)
 
 
 class _Numbers(NamedTuple):

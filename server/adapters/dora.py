@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from server.adapters.base import Host, Shape, frozen_weight
+from server.adapters.base import Shape, frozen_weight
 from server.adapters.joined import LowRank
 from server.adapters.lora import Lora, LoraConfig
 from server.core import Site, SiteKind, SiteSpec
@@ -53,28 +53,12 @@ class Dora(Lora):
         module: nn.Module,
     ) -> LowRank:
         """Folds the magnitudes over the norms into B, a scale and a shift of y."""
-        return _with_magnitude(config, site, params, super().bind(config, site, params, shared, module), module)
-
-    def bind_sites(
-        self, config: LoraConfig, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
-    ) -> dict[Site, LowRank]:
-        """The same, of LoRA's."""
-        products = super().bind_sites(config, sites, shared, host)
-        return {
-            site: _with_magnitude(config, site, params, products[site], host.module(site))
-            for site, params in sites.items()
-        }
-
-
-def _with_magnitude(
-    config: LoraConfig, site: Site, params: Mapping[str, Tensor], product: LowRank, module: nn.Module
-) -> LowRank:
-    assert isinstance(config, DoraConfig)
-    a, b, _, _, gate = product
-    assert b is not None  # LoRA always has both factors
-    delta = b.t() @ a  # [size_out, size_in]
-    if config.unscaled_norm:
-        delta = delta / config.scale(site)
-    ratio = params["lora_magnitude_vector"] / (frozen_weight(module) + delta).norm(dim=1)
-    bias = getattr(module, "bias", None) if site.kind is SiteKind.LINEAR and not config.scaled_bias else None
-    return LowRank(a, b * ratio, None if bias is None else bias * (1 - ratio), ratio, gate)
+        assert isinstance(config, DoraConfig)
+        a, b, _, _, gate = super().bind(config, site, params, shared, module)
+        assert b is not None  # LoRA always has both factors
+        delta = b.t() @ a  # [size_out, size_in]
+        if config.unscaled_norm:
+            delta = delta / config.scale(site)
+        ratio = params["lora_magnitude_vector"] / (frozen_weight(module) + delta).norm(dim=1)
+        bias = getattr(module, "bias", None) if site.kind is SiteKind.LINEAR and not config.scaled_bias else None
+        return LowRank(a, b * ratio, None if bias is None else bias * (1 - ratio), ratio, gate)

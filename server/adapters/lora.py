@@ -11,7 +11,7 @@ import torch
 from pydantic import Field, FiniteFloat, PositiveInt
 from torch import Tensor, nn
 
-from server.adapters.base import AdapterMethod, Host, Shape, in_one_piece
+from server.adapters.base import AdapterMethod, Shape, Turned
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import LowRank, low_rank, low_rank_run
 from server.adapters.targets import TargetConfig, check_paths, find_sites, per_target, select, with_default
@@ -96,6 +96,15 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
             params["gate.weight"].normal_(std=0.02, generator=generator)
         return params
 
+    def turned(self, config: LoraConfig, site: Site) -> dict[str, Turned]:
+        """B transposed, with the scale folded in."""
+        scale = config.scale(site)
+        if site.kind is SiteKind.EMBEDDING:
+            return {"lora_embedding_B": Turned(transposed=True, scale=scale)}
+        return {"lora_B": Turned(transposed=True, scale=scale)} | (
+            {"lora_B_bias": Turned(scale=scale)} if config.lora_bias else {}
+        )
+
     def bind(
         self,
         config: LoraConfig,
@@ -104,22 +113,11 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
         shared: Mapping[str, Tensor],
         module: nn.Module,
     ) -> LowRank:
-        """Folds the scale into B, transposed."""
-        return _low_rank(config, site, params, _transposed(_factor("B", site, params), config.scale(site)))
-
-    def bind_sites(
-        self, config: LoraConfig, sites: Mapping[Site, Mapping[str, Tensor]], shared: Mapping[str, Tensor], host: Host
-    ) -> dict[Site, LowRank]:
-        """All B together, where nobody trains them."""
-        factors = [_factor("B", site, params) for site, params in sites.items()]
-        scales = [config.scale(site) for site in sites]
-        if any(b.requires_grad for b in factors):
-            bound = list(map(_transposed, factors, scales))
-        else:
-            bound = _all_transposed(factors, scales, host)
-        return {
-            site: _low_rank(config, site, params, b) for (site, params), b in zip(sites.items(), bound, strict=True)
-        }
+        """The parameters as they are."""
+        factors = ("lora_embedding_A", "lora_embedding_B") if site.kind is SiteKind.EMBEDDING else ("lora_A", "lora_B")
+        a, b = (params[name] for name in factors)
+        gate = Gate(params["gate.weight"], params["gate.bias"]) if "gate.weight" in params else None
+        return LowRank(a.contiguous(), b.contiguous(), params.get("lora_B_bias"), gate=gate)
 
     def apply(self, weights: LowRank, flow: Flow) -> Tensor:
         """y + x A B."""
@@ -128,29 +126,3 @@ class Lora(AdapterMethod[LoraConfig, LowRank]):
     def apply_run(self, weights: Sequence[LowRank], flow: Flow) -> Iterator[Tensor]:
         """Joins the products of neighbours."""
         return low_rank_run(weights, flow)
-
-
-def _factor(factor: str, site: Site, params: Mapping[str, Tensor]) -> Tensor:
-    return params[f"lora_embedding_{factor}" if site.kind is SiteKind.EMBEDDING else f"lora_{factor}"]
-
-
-def _transposed(b: Tensor, scale: float) -> Tensor:
-    """B [size_out, rank], scaled -> [rank, size_out]. Differentiable."""
-    return (b * scale).t().contiguous()
-
-
-@torch.inference_mode()
-def _all_transposed(factors: Sequence[Tensor], scales: Sequence[float], host: Host) -> list[Tensor]:
-    """The same for many, not differentiable, in one piece of memory: made one by one, or on a stack, they would leave
-    holes among the small objects of adapters, in malloc's memory."""
-    bound = in_one_piece([b.t() for b in factors], [b.dtype for b in factors], host.device)
-    for b, scale in zip(bound, scales, strict=True):
-        b.mul_(scale)  # torch._foreach_mul_ rounds the scale to the tensors' format first
-    return bound
-
-
-def _low_rank(config: LoraConfig, site: Site, params: Mapping[str, Tensor], b: Tensor) -> LowRank:
-    """With B scaled and transposed."""
-    shift = params["lora_B_bias"] * config.scale(site) if "lora_B_bias" in params else None
-    gate = Gate(params["gate.weight"], params["gate.bias"]) if "gate.weight" in params else None
-    return LowRank(_factor("A", site, params).contiguous(), b, shift, gate=gate)

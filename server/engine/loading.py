@@ -1,8 +1,7 @@
 """From the store to the device: each step, away from the event loop, with the proof that an adapter is one."""
 
-import asyncio
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from server.store.report import Report
 from server.store.store import AdapterStore, OpenedVersion
 from server.tasks.adapter import Blueprint, TaskAdapter
 from server.tasks.head import HEAD
+from server.together import Together
 
 T = TypeVar("T")
 
@@ -100,7 +100,7 @@ class Loader:
         self._store = store
         self._checker = checker
         self._prover = prover
-        self._executor = executor
+        self._threads = Together(executor)
 
     async def open(self, name: str, version: str) -> OpenedVersion:
         """The version, whose size is known. Raises StoreUnavailable, UnknownVersion or CorruptVersion."""
@@ -110,7 +110,7 @@ class Loader:
         """The version in the host's memory. Raises CorruptVersion, or UnservableAdapter on another backbone."""
         verify = await opened.read()
         with _servable(name):
-            return await self._compute(lambda: self._checker.check(verify()))
+            return await self._threads.call(lambda: self._checker.check(verify()), opened.size)
 
     async def bring(self, name: str, opened: OpenedVersion) -> tuple[Checked, TaskAdapter]:
         """Both steps at once, where the host's memory is the device's: handing over to a thread costs time as well."""
@@ -121,20 +121,17 @@ class Loader:
             return checked, self._checker.bind(checked)
 
         with _servable(name):
-            return await self._compute(work)
+            return await self._threads.call(work, opened.size)
 
     async def place(self, checked: Checked) -> TaskAdapter:
         """The adapter on the device."""
-        return await self._compute(partial(self._checker.bind, checked))
+        return await self._threads.call(partial(self._checker.bind, checked), checked.nbytes)
 
     async def prove(self, name: str, checked: Checked, adapter: TaskAdapter) -> None:
         """Proves an adapter that no server has proven on this backbone yet. Raises UnservableAdapter."""
         if not checked.proven:
             with _servable(name):
                 await self._prover.prove(checked.manifest, adapter)
-
-    async def _compute(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function)
 
 
 @contextmanager

@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 from urllib.parse import unquote
-from weakref import WeakKeyDictionary
 
 import obstore
 import stamina
@@ -33,6 +32,7 @@ from server.blocks import BLOCKS
 from server.core import StoreCall
 from server.errors import InvalidRequest, StoreUnavailable
 from server.logs import get_logger
+from server.together import Together
 
 log = get_logger("adapterd.store")
 
@@ -53,9 +53,6 @@ SCHEMES = ("file", "memory", "s3", "gs", "az")
 
 FOLDER_THREADS = 8
 """They read a folder's files, and wait where the folder hangs."""
-
-LARGEST_TOGETHER = 1024 * 1024
-"""Bytes of a file that is read together with others; larger ones let nobody wait for them."""
 
 S3_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Where AWS's own tools look for one."""
@@ -94,32 +91,16 @@ class Opened:
     """Raises StoreUnavailable. Copying the bytes into Python's takes time, which is left to the caller."""
 
 
-Work = tuple[Callable[[], Any], asyncio.Future[Any]]
-
-
 class _Folder:
-    """Reads a folder's files on other threads. Handing over to a thread and back costs more than most of what is read:
-    what is asked for at the same time, when a batch of answers has gone out, goes there together."""
+    """Reads a folder's files on other threads."""
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
-        self._threads = ThreadPoolExecutor(FOLDER_THREADS, "adapterd-store")
-        self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Work]] = WeakKeyDictionary()
+        self._threads = Together(ThreadPoolExecutor(FOLDER_THREADS, "adapterd-store"))
 
     async def call(self, function: Callable[[], T], size: int = 0) -> T:
-        """Does something quick with files, or something with so many bytes of them."""
-        loop = asyncio.get_running_loop()
-        if size > LARGEST_TOGETHER:
-            return await loop.run_in_executor(self._threads, function)
-        waiting = self._waiting.setdefault(loop, [])
-        outcome: asyncio.Future[T] = loop.create_future()
-        waiting.append((function, outcome))
-        if len(waiting) == 1:
-            loop.call_soon(self._start, loop)
-        return await outcome
-
-    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._threads.submit(_work, loop, self._waiting.pop(loop))
+        """Does something with files, or with so many bytes of them."""
+        return await self._threads.call(function, size)
 
     def read(self, key: str) -> bytes:
         """A file's bytes."""
@@ -166,29 +147,6 @@ class _Folder:
 
     def _path(self, key: str) -> str:
         return os.path.join(self._root, key)
-
-
-def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
-
-
-def _work(loop: asyncio.AbstractEventLoop, together: list[Work]) -> None:
-    done = [(future, *_outcome(function)) for function, future in together]
-    with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
-        loop.call_soon_threadsafe(_settle, done)
-
-
-def _settle(done: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
-    for future, value, error in done:
-        if future.done():  # nobody waits any more
-            continue
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
 
 
 class Objects:

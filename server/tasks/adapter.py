@@ -16,10 +16,12 @@ from server.adapters.base import (
     Method,
     MethodConfig,
     Part,
+    Turned,
     check_tensors,
     compacted,
     in_one_piece,
     memory,
+    multiplied,
 )
 from server.core import BackboneSpec, Options, Prediction, SiteKind, TextInput, WindowPooling
 from server.errors import InvalidAdapter
@@ -58,10 +60,10 @@ class TaskAdapter:
     def compact(self, given: Iterable[Tensor] = ()) -> "TaskAdapter":
         """The same in one piece of memory; see base.compacted."""
         sites = [part.sites for part in self.weights.parts]
-        sites, head = compacted((sites, self.head), given)
+        (sites, head), nbytes = compacted((sites, self.head), given)
         parts = tuple(replace(part, sites=own) for part, own in zip(self.weights.parts, sites, strict=True))
         weights = replace(self.weights, parts=parts)
-        return replace(self, weights=weights, head=head, nbytes=memory((sites, head)))
+        return replace(self, weights=weights, head=head, nbytes=nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,28 +155,37 @@ class Blueprint:
 
         The head stays as precise as it was stored: its outputs are what the caller sees.
         """
-        placed = {
-            name: tensor.to(host.device, dtype)
-            for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True)
-        }
+        turned = self.turned()
+        placed: dict[str, Tensor] = {}
+        for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True):
+            placed[name] = value = tensor.to(host.device, dtype)
+            if (how := turned.get(name)) is not None:
+                placed[name] = how.laid(value * how.scale)
         bound = self._bound(placed, host)
         return replace(bound, nbytes=memory(([part.sites for part in bound.weights.parts], bound.head)))
 
     def load(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         """The same of tensors that nobody trains and nobody else keeps: in one piece of memory, and in few calls."""
-        placed = dict(tensors)
-        device = host.device
-        others: dict[str, torch.dtype] = {}
+        turned = self.turned()
+        placed: dict[str, Tensor] = {}
+        laid: dict[str, Tensor] = {}
+        dtypes: list[torch.dtype] = []
         for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True):
-            if tensor.dtype is dtype and tensor.device == device:
-                continue  # a call that does nothing costs as much as some that do
-            if tensor.numel():
-                others[name] = dtype
-            else:
-                placed[name] = tensor.to(device, dtype)
-        copies = in_one_piece([tensors[name] for name in others], list(others.values()), device)
-        placed |= zip(others, copies, strict=True)
-        return self._bound(placed, host).compact(placed.values())
+            if not tensor.numel():
+                placed[name] = tensor.to(host.device, dtype)
+                continue
+            laid[name] = turned[name].laid(tensor) if name in turned else tensor
+            dtypes.append(dtype)
+        copies = in_one_piece(list(laid.values()), dtypes, host.device)
+        placed |= zip(laid, copies, strict=True)
+        scales = {name: how.scale for name, how in turned.items()}
+        multiplied([placed[name] for name in scales], list(scales.values()))
+        return self._bound(placed, host).compact(copies)
+
+    def turned(self) -> Mapping[str, Turned]:
+        """Artifact tensor name -> how it is turned before it is bound, of those that are."""
+        layouts = [part.layout(self.spec).turned for part in self.parts]
+        return layouts[0] if len(layouts) == 1 else {name: how for layout in layouts for name, how in layout.items()}
 
     def _bound(self, placed: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         """Without its size."""
