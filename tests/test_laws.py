@@ -559,7 +559,7 @@ class AtSite:
         self.flow = random_flow(host, site, seed)
 
     def bound(self, tensors: dict[str, Tensor]) -> Any:
-        return self.part.bind(self.rest | tensors, self.host).sites[self.site]
+        return self.part.bind(self.part.turn(self.rest | tensors, self.host.spec), self.host).sites[self.site]
 
     def inputs(self) -> list[Tensor]:
         """All that a result depends on."""

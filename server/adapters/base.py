@@ -91,6 +91,10 @@ class Turned(NamedTuple):
         """A view that lies as `bind` wants it."""
         return value.t() if self.transposed else value
 
+    def turn(self, value: Tensor) -> Tensor:
+        """The parameter as `bind` wants it. Differentiable."""
+        return self.laid(value * self.scale)
+
 
 class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
     """One kind of adapter. Stateless: an instance is shared by all adapters of the kind.
@@ -247,6 +251,11 @@ class Part:
                 self.config, site, host.spec.sites[site], host.module(site), generator
             ).items()
         }
+
+    def turn(self, tensors: Mapping[str, Tensor], spec: BackboneSpec) -> dict[str, Tensor]:
+        """Tensors as `bind` wants them, by the same names. Differentiable."""
+        turned = self.layout(spec).turned
+        return {name: turned[name].turn(tensor) if name in turned else tensor for name, tensor in tensors.items()}
 
     def bind(self, tensors: Mapping[str, Tensor], host: Host) -> "BoundPart":
         """Prepares its tensors, turned, at all its sites. They must have passed `check_tensors`."""

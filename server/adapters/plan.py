@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -83,6 +83,36 @@ class Prefix:
 
 
 @dataclass(slots=True)
+class _Span:
+    """Segments of a sequence whose rows lie side by side."""
+
+    first: int
+    last: int
+    start: int
+    """First row."""
+    end: int
+    """One past the last row."""
+    texts: list[Texts]
+
+
+def _spans(rows: Sequence[tuple[int, Texts]]) -> list[_Span]:
+    """Of segments, given the first row and the texts of each."""
+    spans: list[_Span] = []
+    for index, (start, texts) in enumerate(rows):
+        if not spans or spans[-1].end != start:
+            spans.append(_Span(index, index, start, start, []))
+        span = spans[-1]
+        span.last, span.end = index, start + texts.rows
+        span.texts.append(texts)
+    return spans
+
+
+def _one_each(count: int) -> Texts:
+    """So many texts of one row."""
+    return Texts(range(count), [1] * count, count)
+
+
+@dataclass(slots=True)
 class _Run:
     """Neighbouring segments of one method at one site."""
 
@@ -153,34 +183,50 @@ class AdapterPlan:
         or padded, before a forward.
         """
         self._passes, self._prefixes, self._opened, self._shared = {}, {}, {}, {}
-        for segment in self._segments:
-            slices = {id(whole): whole.cut(segment)}
-            texts = segment.end - segment.start
-            pooled = Texts(range(texts), [1] * texts, texts)
-            for index, part in enumerate(segment.adapter.parts):
-                for site, weights in part.sites.items():
-                    placement = whole if at is None else at(site)
-                    own = slices.get(id(placement)) or slices.setdefault(id(placement), placement.cut(segment))
-                    if site.kind is SiteKind.KEY_VALUE:
-                        prefix = Prefix(own.first, own.end, weights, own.row, own.texts)
-                        self._prefixes.setdefault(site, []).append(prefix)
-                    elif site in per_text:
-                        self._add(site, index, part.method, weights, segment.start, pooled)
-                    else:
-                        self._add(site, index, part.method, weights, own.row, own.texts)
+        for _, group in groupby(self._segments, key=lambda segment: segment.adapter.form):
+            self._place(list(group), whole, per_text, at)
 
-    def _add(self, site: Site, index: int, method: Method, weights: Any, start: int, texts: Texts) -> None:
+    def _place(
+        self,
+        segments: Sequence[Segment],
+        whole: Placement,
+        per_text: Container[Site],
+        at: Callable[[Site], Placement] | None,
+    ) -> None:
+        """Those of adapters of one form, which act at the same sites and lie alike at most of them."""
+        cuts: dict[int, list[Slice]] = {}
+        spans: dict[int, list[_Span]] = {}
+        pooled = _spans([(segment.start, _one_each(segment.end - segment.start)) for segment in segments])
+        for index, part in enumerate(segments[0].adapter.parts):
+            own = [segment.adapter.parts[index].sites for segment in segments]
+            for site in part.sites:
+                placement = whole if at is None else at(site)
+                key = id(placement)
+                if key not in cuts:
+                    cuts[key] = [placement.cut(segment) for segment in segments]
+                    spans[key] = _spans([(cut.row, cut.texts) for cut in cuts[key]])
+                if site.kind is SiteKind.KEY_VALUE:
+                    self._prefixes.setdefault(site, []).extend(
+                        Prefix(cut.first, cut.end, sites[site], cut.row, cut.texts)
+                        for cut, sites in zip(cuts[key], own, strict=True)
+                    )
+                    continue
+                weights = [sites[site] for sites in own]
+                for span in pooled if site in per_text else spans[key]:
+                    self._add(site, index, part.method, weights[span.first : span.last + 1], span)
+
+    def _add(self, site: Site, index: int, method: Method, weights: Sequence[Any], span: "_Span") -> None:
         """Parts of an adapter that meet at a site act one after the other: the n-th part in the n-th pass."""
         passes = self._passes.setdefault(site, [])
         while len(passes) <= index:
             passes.append([])
         runs = passes[index]
-        if not runs or runs[-1].method is not method or runs[-1].end != start:
-            runs.append(_Run(method, start, start))
+        if not runs or runs[-1].method is not method or runs[-1].end != span.start:
+            runs.append(_Run(method, span.start, span.start))
         run = runs[-1]
-        run.weights.append(weights)
-        run.texts.append(texts)
-        run.end = start + texts.rows
+        run.weights += weights
+        run.texts += span.texts
+        run.end = span.end
 
     def acts_at(self, site: Site) -> bool:
         """Whether anything happens at a site."""

@@ -155,18 +155,18 @@ class Blueprint:
 
         The head stays as precise as it was stored: its outputs are what the caller sees.
         """
-        turned = self.turned()
-        placed: dict[str, Tensor] = {}
-        for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True):
-            placed[name] = value = tensor.to(host.device, dtype)
-            if (how := turned.get(name)) is not None:
-                placed[name] = how.laid(value * how.scale)
+        placed = {
+            name: tensor.to(host.device, dtype)
+            for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True)
+        }
+        for part in self.parts:
+            placed = part.turn(placed, host.spec)
         bound = self._bound(placed, host)
         return replace(bound, nbytes=memory(([part.sites for part in bound.weights.parts], bound.head)))
 
     def load(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         """The same of tensors that nobody trains and nobody else keeps: in one piece of memory, and in few calls."""
-        turned = self.turned()
+        turned = self._turned()
         placed: dict[str, Tensor] = {}
         laid: dict[str, Tensor] = {}
         dtypes: list[torch.dtype] = []
@@ -182,7 +182,7 @@ class Blueprint:
         multiplied([placed[name] for name in scales], list(scales.values()))
         return self._bound(placed, host).compact(copies)
 
-    def turned(self) -> Mapping[str, Turned]:
+    def _turned(self) -> Mapping[str, Turned]:
         """Artifact tensor name -> how it is turned before it is bound, of those that are."""
         layouts = [part.layout(self.spec).turned for part in self.parts]
         return layouts[0] if len(layouts) == 1 else {name: how for layout in layouts for name, how in layout.items()}
