@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from server.adapters import METHODS
-from server.adapters.joined import JOINED_COLUMNS, MIN_SIZE, ONE_PRODUCT_COLUMNS, compiles, rounded_up
+from server.adapters.joined import JOINED_COLUMNS, MIN_SIZE, compiles, rounded_up
 from server.backbone.backbone import Backbone
 from server.core import BackboneSpec, Encoding, Priority, Terms
 from server.engine.pipeline import Job, Pipeline
@@ -46,7 +46,7 @@ STEPS = 8
 RANK = 8
 """Of the LoRAs that are run in each size."""
 
-WIDTHS = (MIN_SIZE, JOINED_COLUMNS, ONE_PRODUCT_COLUMNS)
+WIDTHS = (MIN_SIZE, JOINED_COLUMNS)
 """Columns of the products that LoRAs of small ranks are joined into."""
 
 TERMS = Terms(Priority.LOW, strict=True)
