@@ -15,7 +15,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
-from server import logs
+from server import logs, processors
 from server.app import create_app, create_metrics_app
 from server.blocks import BLOCKS
 from server.engine.engine import Engine
@@ -166,6 +166,7 @@ def _limit_arenas() -> None:
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
     _limit_arenas()
+    processors.use_one()
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypedDict
 
+from server import processors
 from server.backbone.backbone import Backbone
 from server.backbone.tokenizer import MAX_WINDOWS
 from server.core import (
@@ -160,9 +161,9 @@ class Engine:
         self._tracing = tracing
         self.upload_turn = asyncio.Semaphore(UPLOADS)
         """To be held from before an upload's bytes are read."""
-        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader")
-        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload")
-        self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer")
+        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader", processors.use_one)
+        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload", processors.use_one)
+        self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer", processors.use_one)
         streams = Streams.of(backbone.device, settings.streams)
         scheduler = Scheduler[QueuedRow](
             max_batch_tokens=settings.max_batch_tokens,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from server import processors
 from server.core import PLAIN, AdapterRef, Terms
 from server.engine.quarantine import Quarantine
 from server.engine.recent import ANSWERED, RanBatch, RecentBatches
@@ -126,7 +127,7 @@ class Streams:
 
     count: int = 1
     threads: int | None = None
-    """Processors that each of them computes on; None: all that torch has."""
+    """Processors that each of them computes on; None where that is not a CPU."""
 
     @classmethod
     def of(cls, device: torch.device, count: int) -> "Streams":
@@ -136,9 +137,7 @@ class Streams:
         of a forward is many small products, for which the processors meet and wait for each other, and for whoever else
         keeps one of them busy. But one long text alone takes longer, and so does everything that needs Python's lock.
         """
-        if device.type != "cpu" or count == 1:
-            return cls(count)
-        return cls(count, max(1, torch.get_num_threads() // count))
+        return cls(count, max(1, processors.COUNT // count) if device.type == "cpu" else None)
 
 
 class Worker:
@@ -270,7 +269,7 @@ class Worker:
     def _work(self, stream: int) -> None:
         try:
             if self._streams.threads is not None:
-                torch.set_num_threads(self._streams.threads)
+                processors.use(self._streams.threads)
             backlog = False
             while (batch := self._next_batch(stream)) is not None:
                 started = time.perf_counter()

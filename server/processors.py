@@ -1,0 +1,30 @@
+"""Who computes on how many of a CPU's processors: one thread on several, all others on one each.
+
+torch computes with OpenMP, where each thread that uses several processors has a team of its own. GNU's lets the members
+of a team wait for their next share of a product spinning, as long as all teams together have no more members than there
+are processors; else it lays them to sleep at once. A forward over short texts is hundreds of small products, and to
+wake a sleeper for each of them takes as long as the products: a second team, made by a thread that did nothing but load
+the backbone, makes every batch half as long again.
+"""
+
+import threading
+
+import torch
+
+COUNT = torch.get_num_threads()
+"""How many there are, as torch sees it when the process begins."""
+
+
+def use_one() -> None:
+    """The calling thread computes on one processor, and so do those that compute for the first time after it."""
+    torch.set_num_threads(1)
+
+
+def use(count: int) -> None:
+    """The calling thread computes on so many; it changes nothing for others."""
+    torch.set_num_threads(count)
+    torch.get_num_threads()  # from here on the thread keeps to its own number, else it would take the next that is set
+    if count > 1:  # which torch has noted for all that come later, too
+        other = threading.Thread(target=use_one)
+        other.start()
+        other.join()
