@@ -8,8 +8,9 @@ batch of answers has gone out, goes there in one go, and comes back so.
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import suppress
+from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -45,9 +46,11 @@ class Together:
     def _start(self, loop: asyncio.AbstractEventLoop) -> None:
         work = deque(self._waiting.pop(loop))
         try:
-            self._executor.submit(_work, loop, work)
+            handed = self._executor.submit(_work, loop, work)
         except RuntimeError as error:  # the executor has been shut down
             _settle([(outcome, None, error) for _, outcome in work])
+        else:
+            handed.add_done_callback(partial(_end, loop, work))
 
 
 def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
@@ -65,6 +68,13 @@ def _work(loop: asyncio.AbstractEventLoop, work: deque[Work]) -> None:
         del function
     with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
         loop.call_soon_threadsafe(_settle, done)
+
+
+def _end(loop: asyncio.AbstractEventLoop, work: deque[Work], handed: Future[None]) -> None:
+    """Of work that has been handed over: what has not been begun never will, where the executor was shut down."""
+    for _, outcome in work:
+        with suppress(RuntimeError):
+            loop.call_soon_threadsafe(outcome.cancel)
 
 
 def _settle(done: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:

@@ -321,6 +321,11 @@ class Scheduler(Generic[WorkT]):
         return min(1.0, sum(self.tokens.values()) / self._max_queue_tokens)
 
     @property
+    def backlog_seconds(self) -> float:
+        """How long all that waits takes to run, by the present throughput; 0 while there is none."""
+        return self._seconds(sum(line.tokens for line in self._rounds.values()))
+
+    @property
     def budget(self) -> int:
         """Tokens of a batch, for now."""
         quick = (self._speed or math.inf) * self._batch_seconds

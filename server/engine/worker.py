@@ -200,6 +200,12 @@ class Worker:
             self._scheduler.check(first.name if first else "", tokens, terms)
         self._quarantine.check(filter(None, refs))
 
+    @property
+    def backlog_seconds(self) -> float:
+        """How long what waits takes to run; 0 where that is not known yet."""
+        with self._changed:
+            return self._scheduler.backlog_seconds
+
     def load(self) -> Load:
         """What runs and what waits now."""
         with self._changed:
