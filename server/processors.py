@@ -11,8 +11,18 @@ import threading
 
 import torch
 
-COUNT = torch.get_num_threads()
-"""How many there are, as torch sees it when the process begins."""
+_noted: list[int] = []
+
+
+def count() -> int:
+    """How many there are: as torch said before a process that serves shared them out, else as it says now."""
+    return _noted[0] if _noted else torch.get_num_threads()
+
+
+def share_out() -> None:
+    """In a process that serves: from here on every thread computes on one, unless it asks for more."""
+    _noted[:] = [count()]
+    use_one()
 
 
 def use_one() -> None:
@@ -20,11 +30,11 @@ def use_one() -> None:
     torch.set_num_threads(1)
 
 
-def use(count: int) -> None:
+def use(number: int) -> None:
     """The calling thread computes on so many; it changes nothing for others."""
-    torch.set_num_threads(count)
+    torch.set_num_threads(number)
     torch.get_num_threads()  # from here on the thread keeps to its own number, else it would take the next that is set
-    if count > 1:  # which torch has noted for all that come later, too
+    if number > 1 and _noted:  # which torch has noted for all that come later, too
         other = threading.Thread(target=use_one)
         other.start()
         other.join()

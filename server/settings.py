@@ -84,7 +84,7 @@ class Settings(BaseSettings):
         1,
         ge=1,
         description="Batches that are computed side by side, each on its share of the processors that torch may use "
-        "(`OMP_NUM_THREADS`). On a CPU, more get through more small texts on a busy server; one answers a lone long "
+        "(`OMP_NUM_THREADS`). On a CPU with many, more may get through more small texts; one answers a lone long "
         "text sooner and leaves more to what goes on beside the device.",
     )
     warm_up_seconds: float = Field(

@@ -31,8 +31,11 @@ class Together:
         self._waiting: WeakKeyDictionary[asyncio.AbstractEventLoop, list[Work]] = WeakKeyDictionary()
 
     async def call(self, function: Callable[[], T], size: int = 0) -> T:
-        """Does something quick on a thread, or something with so many bytes; what is asked for in the same turn of the
-        event loop one after the other."""
+        """Does something quick on a thread, or something with so many bytes.
+
+        What is asked for in the same turn of the event loop is done one after the other, and the outcomes come when the
+        last of it is done.
+        """
         loop = asyncio.get_running_loop()
         if size > LARGEST_TOGETHER:
             return await loop.run_in_executor(self._executor, function)
@@ -53,19 +56,19 @@ class Together:
             handed.add_done_callback(partial(_end, loop, work))
 
 
-def _outcome(function: Callable[[], Any]) -> tuple[Any, Exception | None]:
+def _outcome(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
     try:
         return function(), None
-    except Exception as error:
+    except BaseException as error:  # whatever it is, it is its caller's alone
         return None, error
 
 
 def _work(loop: asyncio.AbstractEventLoop, work: deque[Work]) -> None:
     done = []
     while work:
-        function, future = work.popleft()  # so that what it holds goes back before the next one begins
-        done.append((future, *_outcome(function)))
-        del function
+        function, future = work.popleft()
+        if not future.cancelled():
+            done.append((future, *_outcome(function)))
     with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
         loop.call_soon_threadsafe(_settle, done)
 
@@ -77,11 +80,13 @@ def _end(loop: asyncio.AbstractEventLoop, work: deque[Work], handed: Future[None
             loop.call_soon_threadsafe(outcome.cancel)
 
 
-def _settle(done: list[tuple[asyncio.Future[Any], Any, Exception | None]]) -> None:
+def _settle(done: list[tuple[asyncio.Future[Any], Any, BaseException | None]]) -> None:
     for future, value, error in done:
         if future.done():  # nobody waits any more
             continue
         if error is None:
             future.set_result(value)
+        elif isinstance(error, StopIteration):  # which no future takes
+            future.set_exception(RuntimeError(f"StopIteration was raised: {error}"))
         else:
             future.set_exception(error)

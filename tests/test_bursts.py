@@ -2,7 +2,7 @@
 
 import asyncio
 
-from server.engine.bursts import BACKLOG_SECONDS, NAP_SECONDS, QUIET_SECONDS, Bursts
+from server.engine.bursts import BACKLOG_SECONDS, NAP_SECONDS, QUIET_SECONDS, QUIET_TURNS, Bursts
 
 
 class Loop:
@@ -27,7 +27,7 @@ async def turns(count: int) -> None:
 
 
 async def until_first_turn() -> None:
-    await asyncio.sleep(2 * NAP_SECONDS)
+    await asyncio.sleep(2 * BACKLOG_SECONDS)
 
 
 def test_no_naps_without_a_backlog() -> None:
@@ -78,7 +78,7 @@ def test_a_busy_loop_does_not_nap() -> None:
         assert loop.naps == []
         busy = False
         await working
-        await turns(5)
+        await turns(2 * QUIET_TURNS)
         assert loop.naps, "there is nothing left to do"
         bursts.stop()
 

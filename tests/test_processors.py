@@ -16,7 +16,9 @@ def asked(step):
     return seen[0]
 
 torch.set_num_threads(3)
-processors.use_one()
+assert processors.count() == 3
+processors.share_out()
+assert processors.count() == 3
 found = [torch.get_num_threads(), asked(lambda: None)]
 ready, done = threading.Event(), threading.Event()
 

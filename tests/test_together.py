@@ -46,6 +46,31 @@ def test_each_gets_its_own_outcome() -> None:
     asyncio.run(scenario())
 
 
+class Panic(BaseException):
+    """As libraries of other languages raise it."""
+
+
+def test_what_is_no_exception_is_one_callers_alone() -> None:
+    def panic() -> None:
+        raise Panic
+
+    def stop() -> None:
+        raise StopIteration
+
+    async def scenario() -> None:
+        with ThreadPoolExecutor(1) as pool:
+            threads = Together(pool)
+            work = [lambda: 1, panic, stop, lambda: 4]
+            first, second, third, fourth = await asyncio.wait_for(
+                asyncio.gather(*map(threads.call, work), return_exceptions=True), 5
+            )
+        assert (first, fourth) == (1, 4)
+        assert isinstance(second, Panic)
+        assert isinstance(third, RuntimeError)
+
+    asyncio.run(scenario())
+
+
 def test_who_gives_up_takes_nobody_with_it() -> None:
     async def scenario() -> None:
         gate = threading.Event()

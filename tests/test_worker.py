@@ -567,7 +567,7 @@ def test_a_stream_that_dies_ends_the_others_after_their_batch(streams: Worker, s
 
 def test_streams_of_a_processor_share_it() -> None:
     here = torch.get_num_threads()
-    assert Streams.of(torch.device("cpu"), 1) == Streams(1, None)
+    assert Streams.of(torch.device("cpu"), 1) == Streams(1, here)
     assert Streams.of(torch.device("cpu"), 2) == Streams(2, max(1, here // 2))
     assert Streams.of(torch.device("cpu"), 64) == Streams(64, max(1, here // 64))
     assert Streams.of(torch.device("meta"), 2) == Streams(2, None)

@@ -345,7 +345,7 @@ def in_one_piece(values: Sequence[Tensor], dtypes: Sequence[torch.dtype], device
 
 @torch.inference_mode()
 def multiplied(values: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Multiplies in place."""
+    """Multiplies in place, values of one number format."""
     by_factor: dict[float, list[Tensor]] = {}
     for value, factor in zip(values, factors, strict=True):
         if factor != 1:

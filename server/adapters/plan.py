@@ -215,7 +215,7 @@ class AdapterPlan:
                 for span in pooled if site in per_text else spans[key]:
                     self._add(site, index, part.method, weights[span.first : span.last + 1], span)
 
-    def _add(self, site: Site, index: int, method: Method, weights: Sequence[Any], span: "_Span") -> None:
+    def _add(self, site: Site, index: int, method: Method, weights: Sequence[Any], span: _Span) -> None:
         """Parts of an adapter that meet at a site act one after the other: the n-th part in the n-th pass."""
         passes = self._passes.setdefault(site, [])
         while len(passes) <= index:

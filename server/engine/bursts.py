@@ -11,13 +11,15 @@ import time
 from collections.abc import Callable
 
 NAP_SECONDS = 0.02
-"""What an answer may come later for, in a server where requests wait for several times as long."""
+"""What each step of a request may come later for, where requests wait for many times as long."""
 
 BACKLOG_SECONDS = 5 * NAP_SECONDS
 """Work that has to wait for the device: with less, it might run dry meanwhile."""
 
 QUIET_SECONDS = 60e-6
-"""A turn of the event loop that takes no longer has handled nothing."""
+QUIET_TURNS = 5
+"""So many turns of the event loop in a row that take no longer have handled nothing, and what was handled before has no
+steps left that follow at once."""
 
 
 class Bursts:
@@ -36,11 +38,12 @@ class Bursts:
         self._clock = clock
         self._sleep = sleep
         self._before = 0.0
+        self._quiet = 0
         self._next: asyncio.Handle | None = None
 
     def start(self) -> None:
         """From here on, on the running event loop."""
-        self._next = asyncio.get_running_loop().call_later(NAP_SECONDS, self._turn)
+        self._next = asyncio.get_running_loop().call_later(BACKLOG_SECONDS, self._turn)
 
     def stop(self) -> None:
         """No more naps."""
@@ -51,9 +54,11 @@ class Bursts:
         loop = asyncio.get_running_loop()
         if self._backlog() < BACKLOG_SECONDS:
             self._before = 0.0
-            self._next = loop.call_later(NAP_SECONDS, self._turn)
+            self._next = loop.call_later(BACKLOG_SECONDS, self._turn)
             return
-        if self._clock() - self._before < QUIET_SECONDS:
+        self._quiet = self._quiet + 1 if self._clock() - self._before < QUIET_SECONDS else 0
+        if self._quiet >= QUIET_TURNS:
             self._sleep(NAP_SECONDS)
+            self._quiet = 0
         self._before = self._clock()
         self._next = loop.call_soon(self._turn)

@@ -322,8 +322,11 @@ class Scheduler(Generic[WorkT]):
 
     @property
     def backlog_seconds(self) -> float:
-        """How long all that waits takes to run, by the present throughput; 0 while there is none."""
-        return self._seconds(sum(line.tokens for line in self._rounds.values()))
+        """How long what waits takes to run, by the present throughput; 0 while there is none. Work of low priority does
+        not count: nobody waits for it."""
+        return self._seconds(
+            sum(line.tokens for priority, line in self._rounds.items() if priority is not Priority.LOW)
+        )
 
     @property
     def budget(self) -> int:

@@ -133,11 +133,11 @@ class Streams:
     def of(cls, device: torch.device, count: int) -> "Streams":
         """So many on a device. Those of a CPU share its processors.
 
-        Batches on one processor each get through more than one batch on all of them: what adapters and short texts make
-        of a forward is many small products, for which the processors meet and wait for each other, and for whoever else
-        keeps one of them busy. But one long text alone takes longer, and so does everything that needs Python's lock.
+        Batches on few processors each do not wait for all of them after every product, of which adapters and short
+        texts make many small ones, nor for whoever else keeps one of them busy. But one long text alone takes longer,
+        and so does everything that needs Python's lock.
         """
-        return cls(count, max(1, processors.COUNT // count) if device.type == "cpu" else None)
+        return cls(count, max(1, processors.count() // count) if device.type == "cpu" else None)
 
 
 class Worker:
