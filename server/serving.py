@@ -166,7 +166,8 @@ def _limit_arenas() -> None:
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
     _limit_arenas()
-    processors.share_out()
+    if settings.dedicated_processors:
+        processors.share_out()
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:
