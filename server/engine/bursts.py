@@ -13,8 +13,8 @@ from collections.abc import Callable
 NAP_SECONDS = 0.02
 """What each step of a request may come later for, where requests wait for many times as long."""
 
-BACKLOG_SECONDS = 5 * NAP_SECONDS
-"""Work that has to wait for the device: with less, it might run dry meanwhile."""
+BACKLOG_SECONDS = 0.3
+"""Work that has to wait for the device. A server that is busy but keeps up has less, and owes everybody its haste."""
 
 QUIET_SECONDS = 60e-6
 QUIET_TURNS = 5
