@@ -3,7 +3,8 @@
 A request that is refused takes a third of a millisecond where it comes with others, and a whole one where it comes
 alone, to a processor that has just computed something else; and while a CPU is the device, a batch waits for whatever
 else its processors do. So where the device has work for a while anyway, the event loop naps whenever it has nothing
-left to do, and then handles all that has come meanwhile: on two processors, a tenth more is answered.
+left to do, and then handles all that has come meanwhile. On two processors whose threads spin (see processors.py) a
+tenth more is answered; where they sleep it is less, not more, so there it is not done.
 """
 
 import asyncio

@@ -182,6 +182,7 @@ class Engine:
         )
         self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine, tracing, streams)
         self._bursts = Bursts(lambda: self._worker.backlog_seconds)
+        self._naps = settings.dedicated_processors  # whose threads spin, and suffer most from whoever comes between
         # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
         # texts, each for many adapters, would hold the device for minutes.
         self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
@@ -315,7 +316,8 @@ class Engine:
         if self._warm_up_seconds:
             self._warming = loop.create_task(self._warm_up.run(self._warm_up_seconds))
         self._following = [loop.create_task(self._pins.follow()), loop.create_task(self._follow_quarantined())]
-        self._bursts.start()
+        if self._naps:
+            self._bursts.start()
 
     async def warmed(self) -> None:
         """Waits until it is warm. Raises BackboneError where the backbone cannot be run at all."""
