@@ -33,7 +33,7 @@ def use_one() -> None:
     torch.set_num_threads(1)
 
 
-def use_own() -> None:
+def keep_to_one() -> None:
     """The calling thread computes on one, where processors are shared out."""
     if _noted:
         use_one()

@@ -162,9 +162,11 @@ class Engine:
         self._tracing = tracing
         self.upload_turn = asyncio.Semaphore(UPLOADS)
         """To be held from before an upload's bytes are read."""
-        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader", processors.use_own)
-        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload", processors.use_own)
-        self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer", processors.use_own)
+        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader", processors.keep_to_one)
+        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload", processors.keep_to_one)
+        self._tokenizer_pool = ThreadPoolExecutor(
+            settings.tokenizer_threads, "adapterd-tokenizer", processors.keep_to_one
+        )
         streams = Streams.of(backbone.device, settings.streams)
         scheduler = Scheduler[QueuedRow](
             max_batch_tokens=settings.max_batch_tokens,
