@@ -1,7 +1,10 @@
 """The device's thread: every future ends, whatever the device does."""
 
+import asyncio
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -190,7 +193,7 @@ def test_an_error_with_a_status_keeps_it(worker: Worker, runner: FaultyRunner) -
 def test_a_cancelled_request_is_not_run(worker: Worker, runner: FaultyRunner) -> None:
     first = hold(worker, runner)
     gone, kept = worker.submit([row(OTHER)]), worker.submit([row(GOOD)])
-    assert gone.future.cancel()
+    assert gone.cancel()
     runner.gate.set()
     assert result(first) == result(kept) == ["good"]
     assert ["other"] not in runner.batches
@@ -198,7 +201,7 @@ def test_a_cancelled_request_is_not_run(worker: Worker, runner: FaultyRunner) ->
 
 def test_cancelling_a_running_request_harms_nothing(worker: Worker, runner: FaultyRunner) -> None:
     first = hold(worker, runner)
-    first.future.cancel()
+    first.cancel()
     runner.gate.set()
     assert result(worker.submit([row(GOOD)])) == ["good"]
 
@@ -297,7 +300,7 @@ def test_a_stream_that_waits_is_not_slow(worker: Worker, runner: FaultyRunner, m
     monkeypatch.setattr(worker._scheduler, "ran", ran)
     first = hold(worker, runner)
     last, given_up = worker.submit([row(GOOD, 30)]), worker.submit([row(GOOD, 30)])
-    last.future.add_done_callback(lambda _: given_up.future.cancel())  # left waiting by the last batch
+    last.future.add_done_callback(lambda _: given_up.cancel())  # left waiting by the last batch
     runner.gate.set()
     result(first)
     result(last)
@@ -454,7 +457,7 @@ def test_a_cancelled_request_gives_its_place_up(worker: Worker, runner: FaultyRu
     gone = worker.submit([row(GOOD, 20), row(OTHER, 20)])
     with pytest.raises(Overloaded):
         worker.submit([row(GOOD, 30)])
-    gone.future.cancel()
+    gone.cancel()
     assert waiting(worker) == 0
     kept = worker.submit([row(GOOD, 30)])
     assert series(worker, "adapterd_queue_tokens") == {"high": 0, "normal": 30, "low": 0}
@@ -537,6 +540,39 @@ def test_rows_that_fail_in_several_streams_end_their_request_once(streams: Worke
     assert streams.alive
 
 
+@pytest.mark.parametrize("end", ["answered", "cancelled", "failed"])
+def test_what_has_ended_does_not_wait_for_the_collector(worker: Worker, runner: FaultyRunner, end: str) -> None:
+    """A ticket holds its rows, and those their adapter, which may have left meanwhile."""
+    gc.collect()
+    gc.disable()
+    try:
+        first = hold(worker, runner)
+        ticket = worker.submit([row(BAD if end == "failed" else GOOD)])
+        if end == "cancelled":
+            asyncio.run(_given_up(ticket))
+        runner.gate.set()
+        result(first)
+        if end == "answered":
+            assert asyncio.run(ticket.answers()) == ["good"]
+        if end == "failed":
+            assert failure(ticket) is not None
+        result(worker.submit([row(GOOD)]))  # the worker holds another batch
+        gone = weakref.ref(ticket)
+        del ticket
+        wait_for(lambda: gone() is None)
+    finally:
+        gc.enable()
+
+
+async def _given_up(ticket: Ticket) -> None:
+    waiting = asyncio.create_task(ticket.answers())
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert ticket.future.cancelled()
+
+
 def test_a_request_that_several_rows_fail_blames_the_one_whose_error_it_got(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another stream's row fails while the first one's error is on its way."""
     ticket = Ticket(2)
@@ -614,7 +650,7 @@ def test_the_last_batches_are_kept_without_their_texts(worker: Worker, runner: F
 
 def test_a_request_that_was_given_up_is_told_apart(worker: Worker, runner: FaultyRunner) -> None:
     given_up = hold(worker, runner)
-    given_up.future.cancel()
+    given_up.cancel()
     runner.gate.set()
     result(worker.submit([row(GOOD)], [ref(GOOD)]))
     worker.stop()

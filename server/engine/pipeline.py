@@ -138,7 +138,7 @@ class Pipeline:
         owners = [job for job, own in zip(jobs, rows, strict=True) for _ in own]
         ticket = self._worker.submit(list(chain.from_iterable(rows)), [job.ref for job in owners], terms)
         try:
-            found: list[Any] = await asyncio.wrap_future(ticket.future)
+            found = await ticket.answers()
         except AdapterdError:
             if ticket.failed is None:
                 raise
@@ -159,7 +159,7 @@ class Pipeline:
         inputs = [adapter.task.sample(text) for text in texts]
         windows = await self._encode(inputs, adapter.weights.framing.positions, False, False, truncate=True)
         ticket = self._worker.submit([Row(text, adapter) for [text] in windows], terms=Terms(strict=True))
-        return await asyncio.wrap_future(ticket.future)
+        return await ticket.answers()
 
     async def _encode(
         self,

@@ -149,7 +149,7 @@ class WarmUp:
             await _admitted(partial(self._run_rows, rows))
 
     async def _run_rows(self, rows: Sequence[Row]) -> None:
-        await asyncio.wrap_future(self._worker.submit(rows, terms=TERMS).future)
+        await self._worker.submit(rows, terms=TERMS).answers()
 
     def _texts(self, tokens: int, at_least: int) -> list[Encoding]:
         """Texts of so many tokens together, all of about the same length."""

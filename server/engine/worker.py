@@ -1,11 +1,14 @@
 """The threads that own the device, one for each of its streams: they take batches from the scheduler, run them, and end
 every future."""
 
+import asyncio
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, groupby
 from typing import Any
 
@@ -32,7 +35,11 @@ NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class Ticket:
-    """The rows of one request: gathers their answers and ends one future when all are there or any has failed."""
+    """The rows of one request: gathers their answers and ends one future when all are there or any has failed.
+
+    Once it has ended nothing of it refers back to it, so its texts and its adapter go with the last who asks for them,
+    and not only when the collector comes: an adapter that has left would still be in memory.
+    """
 
     def __init__(self, size: int, strict: bool = False, place: Place | None = None) -> None:
         """`size`: answers to wait for. `strict`: see Terms. `place`: where it stands in a trace."""
@@ -48,6 +55,8 @@ class Ticket:
         self.place = place
         self.failed: int | None = None
         """Index of the row that ended the request; None where it was no row's fault."""
+        self.withdraw: Callable[[], None] | None = None
+        """Takes back what still waits; called where the request ends before all its answers are there."""
 
     @property
     def error(self) -> str | None:
@@ -65,6 +74,7 @@ class Ticket:
             self._answers[index] = answer
             self.missing -= 1
         if self.missing == 0 and self._ends():
+            self.withdraw = None
             self.future.set_result(self._answers)
 
     def fail(self, error: BaseException, index: int | None = None) -> None:
@@ -73,12 +83,49 @@ class Ticket:
             self.failed = index
             self.outcome = error.error_code if isinstance(error, AdapterdError) else AdapterdError.code
             self.future.set_exception(error)
+            self._withdraw()
+
+    def cancel(self) -> bool:
+        """Gives the request up. False where it has ended."""
+        if not self.future.cancel():
+            return False
+        self.outcome = "cancelled"
+        self._withdraw()
+        return True
+
+    async def answers(self) -> list[Any]:
+        """Waits on an event loop for all of them, or raises what the request failed with. Whoever is cancelled while
+        waiting gives it up."""
+        loop = asyncio.get_running_loop()
+        ended: asyncio.Future[None] = loop.create_future()
+        self.future.add_done_callback(partial(_tell, loop, ended))
+        try:
+            await ended
+        except asyncio.CancelledError:
+            self.cancel()
+            raise
+        return self.future.result(timeout=0)
+
+    def _withdraw(self) -> None:
+        withdraw, self.withdraw = self.withdraw, None
+        if withdraw is not None:
+            withdraw()
 
     def _ends(self) -> bool:
         """Whether it is the caller's to end the future: the first one's, if nobody has cancelled it."""
         with self._lock:
             first, self._ending = not self._ending, True
         return first and self.future.set_running_or_notify_cancel()
+
+
+def _tell(loop: asyncio.AbstractEventLoop, ended: asyncio.Future[None], _: object) -> None:
+    with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
+        loop.call_soon_threadsafe(_wake, ended)
+
+
+def _wake(ended: asyncio.Future[None]) -> None:
+    if not ended.done():
+        ended.set_result(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,23 +286,21 @@ class Worker:
             except AdapterQuarantined:
                 self._scheduler.discard(units)
                 raise
+            ticket.withdraw = partial(self._withdraw, ticket, units)
             self._measure_queue()
             self._changed.notify()
-        ticket.future.add_done_callback(lambda _: self._ended(ticket, units))
         return ticket
 
-    def _ended(self, ticket: Ticket, units: Sequence[Unit[QueuedRow]]) -> None:
-        if ticket.missing:  # given up, or failed: the rest of it makes room
-            if ticket.future.cancelled():
-                ticket.outcome = "cancelled"
-            with self._changed:
-                self._scheduler.discard(units)
-                self._measure_queue()
-                running = ticket.place is not None and any(
-                    queued.ticket is ticket for queued in chain.from_iterable(self._running)
-                )
-            if ticket.place is not None and not running:
-                self._tracing.never_ran(ticket.place, ticket.outcome)
+    def _withdraw(self, ticket: Ticket, units: Sequence[Unit[QueuedRow]]) -> None:
+        """Of a request that was given up, or has failed: the rest of it makes room."""
+        with self._changed:
+            self._scheduler.discard(units)
+            self._measure_queue()
+            running = ticket.place is not None and any(
+                queued.ticket is ticket for queued in chain.from_iterable(self._running)
+            )
+        if ticket.place is not None and not running:
+            self._tracing.never_ran(ticket.place, ticket.outcome)
 
     def _check_alive(self) -> None:
         if self.crashed:
