@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import LABELS, make_blueprint, random_adapter, random_text, run
 from torch import Tensor
 
-from server.adapters.base import ALIGNMENT, TENSOR_BYTES
+from server.adapters.pieces import ALIGNMENT, TENSOR_BYTES
 from server.adapters.states import TextStates
 from server.backbone.backbone import Backbone
 from server.core import Activation, ClassifyOptions, LabelScore, Pooling, TextInput, WindowPooling

@@ -5,19 +5,16 @@ own contiguous slice of the token axis; `plan.py` runs many of them in one batch
 """
 
 import hashlib
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from server.adapters.flow import Flow, Gate
-from server.blocks import BLOCKS
 from server.core import BackboneSpec, Reach, Site, SiteSpec
 from server.errors import InvalidAdapter
 
@@ -178,12 +175,6 @@ class AdapterMethod(ABC, Generic[ConfigT, WeightsT]):
 
 Method = AdapterMethod[Any, Any]
 
-TENSOR_BYTES = 512
-"""What a tensor takes beside its numbers: the object, its parts in C++, its place in a tuple or a dictionary."""
-
-ALIGNMENT = 64
-"""Bytes at whose multiples tensors begin, as torch's own."""
-
 
 @dataclass(frozen=True, slots=True)
 class Layout:
@@ -269,162 +260,6 @@ class Part:
             for site, names in layout.sites.items()
         }
         return BoundPart(method, sites, method.framing(config))
-
-
-def memory(bound: Any) -> int:
-    """Bytes of the tensors in bound weights, and of what holds them. What adapters share counts for each of them."""
-    tensors = _tensors(bound)
-    return _memory(tensors, map(_storage, tensors))
-
-
-def _memory(tensors: Sequence[Tensor], storages: Iterable[int]) -> int:
-    distinct = dict(zip(storages, tensors, strict=True))
-    return sum(tensor.untyped_storage().nbytes() for tensor in distinct.values()) + TENSOR_BYTES * len(tensors)
-
-
-def _storage(tensor: Tensor) -> int:
-    """The same for tensors that share their memory."""
-    storage = tensor.untyped_storage()
-    return id(storage) if tensor.is_meta else storage.data_ptr()
-
-
-def compacted(bound: T, given: Iterable[Tensor] = ()) -> tuple[T, int]:
-    """The same bound weights in one piece of memory, which goes back in one piece; and their `memory`.
-
-    In pieces of a few kilobytes, weights that come and go leave holes that cost a quarter of their memory. Parameters
-    of the backbone and views stay where they are: others may have the rest of them; but not views of what was `given`,
-    which nobody else keeps. Where they are all that is in it, they lie in one piece already.
-    """
-    tensors = _tensors(bound)
-    storages = list(map(_storage, tensors))
-    passing = set(map(_storage, given))
-    own = {
-        id(value): value
-        for value, storage in zip(tensors, storages, strict=True)
-        if value.is_contiguous()
-        and value.numel()
-        and (storage in passing or not (value._is_view() or isinstance(value, nn.Parameter)))
-    }
-    if not own:
-        return bound, _memory(tensors, storages)
-    values = list(own.values())
-    if _fills_one_piece(values):
-        return bound, _memory(tensors, storages)
-    copies = in_one_piece(values, [value.dtype for value in values], values[0].device)
-    moved = cast(T, _replaced(bound, dict(zip(own, copies, strict=True))))
-    return moved, memory(moved)
-
-
-def _fills_one_piece(values: Sequence[Tensor]) -> bool:
-    """Whether all lie in one piece of memory, with little else in it."""
-    if len(set(map(_storage, values))) > 1:
-        return False
-    used = sum(value.nbytes for value in values)
-    return used >= values[0].untyped_storage().nbytes() - ALIGNMENT * len(values)
-
-
-@torch.inference_mode()
-def in_one_piece(values: Sequence[Tensor], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Tensor]:
-    """Copies in given number formats, in one piece of memory. None of the values may be empty.
-
-    They are inference tensors: what autograd notes of a view takes as much memory as the tensor itself.
-    """
-    if not values:
-        return []
-    layout = _layout(tuple((dtype, value.shape) for dtype, value in zip(dtypes, values, strict=True)))
-    piece = _piece(layout[-1].end, device)
-    copies: list[Tensor] = [piece] * len(values)
-    for run in layout:
-        cut = torch._C._nn.unflatten_dense_tensors(piece[run.start : run.end].view(run.dtype), run.like)
-        for index, place in zip(run.indices, cut, strict=True):
-            if index is not None:
-                copies[index] = place
-    torch._foreach_copy_(copies, list(values))
-    return copies
-
-
-@torch.inference_mode()
-def multiplied(values: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Multiplies in place, values of one number format."""
-    by_factor: dict[float, list[Tensor]] = {}
-    for value, factor in zip(values, factors, strict=True):
-        if factor != 1:
-            by_factor.setdefault(factor, []).append(value)
-    for factor, same in by_factor.items():
-        if float(torch.tensor(factor, dtype=same[0].dtype)) == factor:
-            torch._foreach_mul_(same, factor)
-        else:  # which torch._foreach_mul_ would round to the tensors' format first
-            for value in same:
-                value.mul_(factor)
-
-
-class _Numbers(NamedTuple):
-    """The part of a piece of memory that holds one number format."""
-
-    dtype: torch.dtype
-    start: int  # bytes
-    end: int
-    indices: list[int | None]
-    """Which value each of `like` is; None for what keeps the next one aligned."""
-    like: list[Tensor]
-    """Shapes, as tensors without numbers."""
-
-
-@lru_cache(maxsize=256)
-def _layout(values: tuple[tuple[torch.dtype, Shape], ...]) -> list[_Numbers]:
-    """How values of these formats and shapes lie in one piece: adapters of a family lie alike."""
-    layout: list[_Numbers] = []
-    start = 0
-    for format in dict.fromkeys(dtype for dtype, _ in values):
-        indices: list[int | None] = []
-        like: list[Tensor] = []
-        for index, (dtype, shape) in enumerate(values):
-            if dtype == format:
-                indices.append(index)
-                like.append(torch.empty(shape, device="meta"))
-                if unused := -math.prod(shape) % (ALIGNMENT // dtype.itemsize):
-                    indices.append(None)
-                    like.append(torch.empty(unused, device="meta"))
-        end = start + format.itemsize * sum(one.numel() for one in like)
-        layout.append(_Numbers(format, start, end, indices, like))
-        start = end
-    return layout
-
-
-def _piece(nbytes: int, device: torch.device) -> Tensor:
-    if device.type == "cpu":
-        return torch.frombuffer(BLOCKS.take(nbytes), dtype=torch.uint8)
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
-
-
-_SEQUENCES = (tuple, list)
-"""What weights are made of, beside mappings; named tuples too."""
-
-
-def _tensors(bound: Any) -> list[Tensor]:
-    """All tensors in bound weights."""
-    found: list[Tensor] = []
-    waiting: list[Any] = [bound]
-    while waiting:
-        value = waiting.pop()
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, _SEQUENCES):
-            waiting += value
-        elif isinstance(value, dict):
-            waiting += value.values()
-    return found
-
-
-def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, Tensor):
-        return moved.get(id(value), value)
-    if isinstance(value, _SEQUENCES):
-        inside = [_replaced(one, moved) for one in value]
-        return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
-    return {key: _replaced(one, moved) for key, one in value.items()} if isinstance(value, dict) else value
 
 
 def tensor_name(site: Site, param: str) -> str:

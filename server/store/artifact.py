@@ -19,6 +19,7 @@ from torch import Tensor
 
 from server.core import BackboneSpec, check_text
 from server.errors import CorruptVersion, InvalidAdapter
+from server.packed import Packed, Packing
 from server.store.report import Report
 
 MANIFEST = "manifest.json"
@@ -221,7 +222,7 @@ def _split(version: str, manifest_file: bytes) -> tuple[bytes, Report | None]:
     return before + b"\n}\n", report
 
 
-def read_tensors(file: str, data: bytes | memoryview) -> dict[str, Tensor]:
+def read_tensors(file: str, data: bytes | memoryview) -> Mapping[str, Tensor]:
     """The tensors of a safetensors file; a truncated or foreign one is refused by its name.
 
     Of a file in memory that may be written to, they are views.
@@ -233,7 +234,7 @@ def read_tensors(file: str, data: bytes | memoryview) -> dict[str, Tensor]:
             code="bad_file",
         )
     try:
-        tensors = safetensors.torch.load(data) if isinstance(data, bytes) else _views(data)
+        tensors: Mapping[str, Tensor] = safetensors.torch.load(data) if isinstance(data, bytes) else _views(data)
     except Exception as error:  # safetensors' own, or whatever torch says to a shape or a type that it cannot make
         reason = str(error).partition("\n")[0]  # torch puts a stack trace below
         raise InvalidAdapter(
@@ -255,22 +256,20 @@ LONGEST_KEPT_HEADER = 64 * 1024
 KEPT_HEADERS = 64
 
 
-def _views(data: memoryview) -> dict[str, Tensor]:
+def _views(data: memoryview) -> Mapping[str, Tensor]:
     """A file's tensors where they lie. Files of one family of adapters have the same header, which is read once."""
     start = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
     header = bytes(data[LENGTH_BYTES:start])
-    layout = (_layout if len(header) <= LONGEST_KEPT_HEADER else _layout.__wrapped__)(header, len(data) - start)
-    if layout is None:
+    packing = (_packing if len(header) <= LONGEST_KEPT_HEADER else _packing.__wrapped__)(header, len(data) - start)
+    if packing is None:
         return safetensors.torch.load(bytes(data))
-    dtype, names, like = layout
-    numbers = torch.frombuffer(data, dtype=dtype, offset=start)
-    return dict(zip(names, torch._C._nn.unflatten_dense_tensors(numbers, like), strict=True))
+    return Packed(packing, torch.frombuffer(data, dtype=packing.dtype, offset=start))
 
 
 @lru_cache(maxsize=KEPT_HEADERS)
-def _layout(header: bytes, nbytes: int) -> tuple[torch.dtype, list[str], list[Tensor]] | None:
-    """Number format, names and shapes (as tensors without numbers) of files with this header and so many bytes of
-    numbers; None where that does not say it all. Whether such files are whole is left to their library."""
+def _packing(header: bytes, nbytes: int) -> Packing | None:
+    """How the tensors lie in files with this header and so many bytes of numbers; None where they are of several number
+    formats or there are empty ones. Whether such files are whole is left to their library."""
     file = len(header).to_bytes(LENGTH_BYTES, "little") + header + bytes(nbytes)
     tensors = safetensors.torch.load(file)
     places = {name: entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__"}
@@ -282,7 +281,7 @@ def _layout(header: bytes, nbytes: int) -> tuple[torch.dtype, list[str], list[Te
     aligned = (LENGTH_BYTES + len(header)) % dtype.itemsize == 0
     if not aligned or sum(tensors[name].numel() for name in names) * dtype.itemsize != nbytes:
         return None
-    return dtype, names, [torch.empty(tensors[name].shape, device="meta") for name in names]
+    return Packing.of(dtype, {name: tensors[name].shape for name in names})
 
 
 def invalid_fields(where: str, error: ValidationError) -> InvalidAdapter:

@@ -1,8 +1,9 @@
 """A whole adapter: a method's weights and a task's head. Serving and training both build it here."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from pydantic import BaseModel, ValidationError
@@ -18,13 +19,11 @@ from server.adapters.base import (
     Part,
     Turned,
     check_tensors,
-    compacted,
-    in_one_piece,
-    memory,
-    multiplied,
 )
+from server.adapters.pieces import Moves, compacted, in_one_piece, memory, multiplied
 from server.core import BackboneSpec, Options, Prediction, SiteKind, TextInput, WindowPooling
 from server.errors import InvalidAdapter
+from server.packed import Packed, Packing
 from server.tasks import TASKS
 from server.tasks.base import AnyTask, Outputs, Window
 from server.tasks.head import HEAD, HeadConfig
@@ -59,8 +58,11 @@ class TaskAdapter:
 
     def compact(self, given: Iterable[Tensor] = ()) -> "TaskAdapter":
         """The same in one piece of memory; see base.compacted."""
-        sites = [part.sites for part in self.weights.parts]
-        (sites, head), nbytes = compacted((sites, self.head), given)
+        spread = [part.sites for part in self.weights.parts], self.head
+        moved, nbytes = compacted(spread, given)
+        if moved is spread:
+            return replace(self, nbytes=nbytes)
+        sites, head = moved
         parts = tuple(replace(part, sites=own) for part, own in zip(self.weights.parts, sites, strict=True))
         weights = replace(self.weights, parts=parts)
         return replace(self, weights=weights, head=head, nbytes=nbytes)
@@ -75,6 +77,12 @@ class Blueprint:
     head: HeadConfig
     labels: tuple[str, ...]
     spec: BackboneSpec
+    _fits: WeakSet[Packing] = field(default_factory=WeakSet, compare=False, repr=False)
+    """Files whose tensors have the names, shapes and number formats that are needed."""
+    _moves: WeakKeyDictionary[Packing, dict[torch.dtype, Moves]] = field(
+        default_factory=WeakKeyDictionary, compare=False, repr=False
+    )
+    """By the number format of the backbone."""
 
     @classmethod
     def check(
@@ -143,7 +151,12 @@ class Blueprint:
 
     def check_tensors(self, tensors: Mapping[str, Tensor], *, finite: bool = False) -> None:
         """Refuses any tensor that is missing, unused, misshapen or not finite, by its name; see base.check_tensors."""
+        packing = tensors.packing if isinstance(tensors, Packed) else None
+        if finite and packing in self._fits:
+            return
         check_tensors(tensors, self.shapes(), finite=finite)
+        if packing is not None:
+            self._fits.add(packing)
 
     def init(self, host: Host, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh float32 tensors for training."""
@@ -166,6 +179,8 @@ class Blueprint:
 
     def load(self, tensors: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         """The same of tensors that nobody trains and nobody else keeps: in one piece of memory, and in few calls."""
+        if isinstance(tensors, Packed):
+            return self._moved(tensors, host)
         turned = self._turned()
         placed: dict[str, Tensor] = {}
         laid: dict[str, Tensor] = {}
@@ -182,19 +197,35 @@ class Blueprint:
         multiplied([placed[name] for name in scales], list(scales.values()))
         return self._bound(placed, host).compact(copies)
 
+    def _moved(self, tensors: Packed, host: Host) -> TaskAdapter:
+        """The same of those of a file. What is found out once holds for all files that lie alike."""
+        known = self._moves.setdefault(tensors.packing, {})
+        if host.dtype not in known:
+            known[host.dtype] = Moves(tensors.packing, self._dtypes(tensors, host), self._turned())
+        moves = known[host.dtype]
+        placed = moves.made(tensors.numbers, host.device)
+        if moves.memory is not None:
+            return self._bound(placed, host, moves.memory)
+        bound = self._bound(placed, host)
+        whole = bound.compact(placed.values())
+        if whole.weights is bound.weights:  # it was in one piece already
+            moves.memory = whole.nbytes
+        return whole
+
     def _turned(self) -> Mapping[str, Turned]:
         """Artifact tensor name -> how it is turned before it is bound, of those that are."""
         layouts = [part.layout(self.spec).turned for part in self.parts]
         return layouts[0] if len(layouts) == 1 else {name: how for layout in layouts for name, how in layout.items()}
 
-    def _bound(self, placed: Mapping[str, Tensor], host: Host) -> TaskAdapter:
-        """Without its size."""
+    def _bound(self, placed: Mapping[str, Tensor], host: Host, nbytes: int = 0) -> TaskAdapter:
         weights = AdapterWeights.of(self.parts, placed, host)
-        return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, 0)
+        return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, nbytes)
 
     def _dtypes(self, tensors: Mapping[str, Tensor], host: Host) -> list[torch.dtype]:
         """In which each of the tensors is used."""
         ours = host.dtype
+        if isinstance(tensors, Packed):
+            return [tensors.packing.dtype if name.startswith(HEAD) else ours for name in tensors]
         return [tensor.dtype if name.startswith(HEAD) else ours for name, tensor in tensors.items()]
 
 

@@ -506,7 +506,7 @@ def read(files: Mapping[str, bytes], labels: Sequence[str] | None, host: Host) -
     head_tensors = {} if headless else read_tensors(HEAD_TENSORS, required(files, HEAD_TENSORS))
     if both := tensors.keys() & head_tensors.keys():
         raise InvalidAdapter(f"tensor {min(both)!r} is in both files", param=min(both), code="contradiction")
-    checkpoint = Checkpoint(tensors | head_tensors, host)
+    checkpoint = Checkpoint({**tensors, **head_tensors}, host)
     reader = _Reader(checkpoint, spec, name, _names(tensors, spec))
     parts = reader.read(config)
     if headless:
