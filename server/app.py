@@ -2,9 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from random import Random
 
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
@@ -104,7 +105,8 @@ def create_app(
     app.add_middleware(Authenticate, gate=gate, refuse=errors.answer(compat.SHAPES))
     app.add_middleware(Audit)
     app.add_middleware(Observe, metrics=metrics, tracing=tracing)
-    app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)  # outermost, so that every line has the id
+    # outermost, so that every line has the id
+    app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id, generator=_request_ids())
     return app
 
 
@@ -136,6 +138,13 @@ def _tracing(names: list[str]) -> Tracing:
 def _body_limit(settings: Settings, scope: Scope) -> int:
     upload = scope["method"] == "PUT" and scope["path"].startswith(f"{admin.PREFIX}/adapters/")
     return settings.max_upload_bytes if upload else settings.max_body_bytes
+
+
+def _request_ids() -> Callable[[], str]:
+    """Makes ids for requests that bring none. Nothing secret is in them; to ask the operating system for each would let
+    go of Python's lock, and the event loop would wait until the device's thread gives it back."""
+    numbers = Random(os.urandom(32))
+    return lambda: f"{numbers.getrandbits(128):032x}"
 
 
 def _is_request_id(value: str) -> bool:

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from server.backbone.backbone import Backbone
 from server.backbone.source import resolve
-from server.backbone.tokenizer import PREFIX_CHARACTERS, SHORTEST_WINDOW, Tokenizer, longest_first
+from server.backbone.tokenizer import PREFIX_CHARACTERS, SHORT_CHARACTERS, SHORTEST_WINDOW, Tokenizer, longest_first
 from server.core import Encoding, TextInput
 from server.engine.pipeline import COUNTED_CHARACTERS, at_least
 from server.errors import InvalidRequest, TooLarge
@@ -335,3 +335,12 @@ def test_nothing_is_made_of_too_many_tokens(monkeypatch: pytest.MonkeyPatch, win
     make = tokenizer.windows if windowed else partial(tokenizer.encode, truncate=True, aligned=True)
     with pytest.raises(TooLarge, match="come to 128 tokens, at most 100 are taken"):
         make(["word " * 30] * 4, max_tokens=100)
+
+
+@quick
+@given(st.lists(st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join), min_size=1))
+def test_short_texts_are_tokenized_as_long_ones_are(minilm: Backbone, texts: list[str]) -> None:
+    """Each alone, or all in one call of the library."""
+    alone = [minilm.tokenizer.encode([text], truncate=True) for text in texts]
+    filled = minilm.tokenizer.encode([*texts, "x " * SHORT_CHARACTERS], truncate=True)
+    assert [one for [one] in alone] == filled[:-1]

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from server.backbone.tokenizer import Tokenizer
+from server.backbone.tokenizer import Tokenizer, is_short
 from server.core import PLAIN, AdapterRef, Encoding, Long, Options, Prediction, Terms, TextInput, WindowPooling
 from server.engine.runner import Row
 from server.engine.worker import Worker
@@ -181,6 +181,8 @@ class Pipeline:
 
         texts = {"adapterd.texts": len(inputs)}
         with self._metrics.tokenize_seconds.time(), self._tracing.span("tokenize", texts):
+            if is_short(part for one in inputs for part in (one.text, one.pair or "")):
+                return encode()
             return await self._compute(encode)
 
     async def _read(
