@@ -10,6 +10,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 
 import uvicorn
 from fastapi import FastAPI
@@ -27,6 +28,9 @@ GREETING_SECONDS = 5.0
 """How long the greeting waits for the store."""
 
 TRIM_SECONDS = 5.0
+
+COLLECT_TURNS = 60
+"""Of those, from one look at all objects to the next, which takes 20 ms for each thousand adapters."""
 
 YOUNG_OBJECTS = 10_000
 """How many more there have to be before the collector looks for cycles among them, instead of 700: what the requests
@@ -156,11 +160,13 @@ async def _give_back_memory() -> None:
     """What has been freed goes back to the operating system now and then. glibc keeps it, in holes that what comes next
     does not always fit: the buffers of a few thousand loads came to forty megabytes."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    while trim is not None:
+    for turn in count(1):
         await asyncio.sleep(TRIM_SECONDS)
-        gc.collect(0)  # what has failed leaves cycles that may hold much memory
+        # What goes wrong may leave cycles that hold a whole request, and where little happens nobody would come by.
+        gc.collect(2 if turn % COLLECT_TURNS == 0 else 1)
         BLOCKS.drop()
-        await asyncio.to_thread(trim, 0)
+        if trim is not None:
+            await asyncio.to_thread(trim, 0)
 
 
 def _limit_arenas() -> None:

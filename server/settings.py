@@ -210,7 +210,9 @@ class Settings(BaseSettings):
         "`adapterd_adapter_load_seconds`.",
     )
     tokenizer_threads: int = Field(
-        2, ge=1, description="Threads that tokenize, away from the event loop and from the device's thread."
+        2,
+        ge=1,
+        description="Threads that tokenize what is not short, away from the event loop and from the device's thread.",
     )
     api_keys_file: str | None = Field(
         None,

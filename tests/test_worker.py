@@ -543,6 +543,7 @@ def test_rows_that_fail_in_several_streams_end_their_request_once(streams: Worke
 @pytest.mark.parametrize("end", ["answered", "cancelled", "failed"])
 def test_what_has_ended_does_not_wait_for_the_collector(worker: Worker, runner: FaultyRunner, end: str) -> None:
     """A ticket holds its rows, and those their adapter, which may have left meanwhile."""
+    runner.error = AdapterdError("not finite", code="not_finite_output")
     gc.collect()
     gc.disable()
     try:
@@ -555,13 +556,22 @@ def test_what_has_ended_does_not_wait_for_the_collector(worker: Worker, runner: 
         if end == "answered":
             assert asyncio.run(ticket.answers()) == ["good"]
         if end == "failed":
-            assert failure(ticket) is not None
+            assert asyncio.run(_raised(ticket)) == "not_finite_output"
         result(worker.submit([row(GOOD)]))  # the worker holds another batch
         gone = weakref.ref(ticket)
         del ticket
         wait_for(lambda: gone() is None)
     finally:
         gc.enable()
+
+
+async def _raised(ticket: Ticket) -> str:
+    try:
+        await ticket.answers()
+    except AdapterdError as error:
+        del ticket
+        return error.error_code
+    raise AssertionError("nothing was raised")
 
 
 async def _given_up(ticket: Ticket) -> None:

@@ -50,7 +50,6 @@ class MethodConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-T = TypeVar("T")
 ConfigT = TypeVar("ConfigT", bound=MethodConfig)
 WeightsT = TypeVar("WeightsT")
 Shape = tuple[int, ...]

@@ -82,7 +82,7 @@ class Pipeline:
     def __init__(
         self, tokenizer: Tokenizer, worker: Worker, executor: Executor, metrics: Metrics, tracing: Tracing = OFF
     ) -> None:
-        """`executor` tokenizes, and reads what takes more than a glance."""
+        """`executor` tokenizes what is not short, and reads what takes more than a glance."""
         self._tokenizer = tokenizer
         self._worker = worker
         self._executor = executor
@@ -140,9 +140,11 @@ class Pipeline:
         try:
             found = await ticket.answers()
         except AdapterdError:
-            if ticket.failed is None:
+            failed = ticket.failed
+            del ticket  # it holds the error, whose traceback holds all that is here
+            if failed is None:
                 raise
-            with owners[ticket.failed].blamed():
+            with owners[failed].blamed():
                 raise
         answers = iter(found)
         pooling = cut.long.pooling if cut.long else WindowPooling.MEAN
@@ -181,7 +183,7 @@ class Pipeline:
 
         texts = {"adapterd.texts": len(inputs)}
         with self._metrics.tokenize_seconds.time(), self._tracing.span("tokenize", texts):
-            if is_short(part for one in inputs for part in (one.text, one.pair or "")):
+            if is_short(part for one in inputs for part in (one.text, one.pair) if part is not None):
                 return encode()
             return await self._compute(encode)
 

@@ -82,8 +82,8 @@ class Ticket:
         if self._ends():
             self.failed = index
             self.outcome = error.error_code if isinstance(error, AdapterdError) else AdapterdError.code
+            self._withdraw()  # first: who is told may come again at once
             self.future.set_exception(error)
-            self._withdraw()
 
     def cancel(self) -> bool:
         """Gives the request up. False where it has ended."""
@@ -104,7 +104,10 @@ class Ticket:
         except asyncio.CancelledError:
             self.cancel()
             raise
-        return self.future.result(timeout=0)
+        try:
+            return self.future.result(timeout=0)
+        finally:
+            del self  # an error's traceback holds what is here
 
     def _withdraw(self) -> None:
         withdraw, self.withdraw = self.withdraw, None
@@ -300,7 +303,10 @@ class Worker:
                 queued.ticket is ticket for queued in chain.from_iterable(self._running)
             )
         if ticket.place is not None and not running:
-            self._tracing.never_ran(ticket.place, ticket.outcome)
+            try:
+                self._tracing.never_ran(ticket.place, ticket.outcome)
+            except Exception:  # the caller may be the device's thread, which has others to answer
+                log.exception("a request cannot be told of")
 
     def _check_alive(self) -> None:
         if self.crashed:

@@ -57,7 +57,7 @@ class TaskAdapter:
         return self.task.read(text, windows, self.config, self.labels, options, pooling)
 
     def compact(self, given: Iterable[Tensor] = ()) -> "TaskAdapter":
-        """The same in one piece of memory; see base.compacted."""
+        """The same in one piece of memory; see pieces.compacted."""
         spread = [part.sites for part in self.weights.parts], self.head
         moved, nbytes = compacted(spread, given)
         if moved is spread:
@@ -147,7 +147,9 @@ class Blueprint:
     def labelled(self, labels: Sequence[str]) -> "Blueprint":
         """The same with other labels. Raises InvalidAdapter where those make no sense."""
         self.task.check(self.head, labels, self.spec)
-        return replace(self, labels=tuple(labels))
+        if len(labels) == len(self.labels):
+            return replace(self, labels=tuple(labels))
+        return Blueprint(self.parts, self.task, self.head, tuple(labels), self.spec)  # of other shapes
 
     def check_tensors(self, tensors: Mapping[str, Tensor], *, finite: bool = False) -> None:
         """Refuses any tensor that is missing, unused, misshapen or not finite, by its name; see base.check_tensors."""
