@@ -220,6 +220,7 @@ class Blueprint:
         return layouts[0] if len(layouts) == 1 else {name: how for layout in layouts for name, how in layout.items()}
 
     def _bound(self, placed: Mapping[str, Tensor], host: Host, nbytes: int = 0) -> TaskAdapter:
+        """`nbytes`: the memory that it takes, where that is known already."""
         weights = AdapterWeights.of(self.parts, placed, host)
         return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, nbytes)
 
