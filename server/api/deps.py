@@ -3,9 +3,10 @@
 import asyncio
 from collections.abc import Awaitable
 from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import Annotated, Self, TypeVar
 
 from fastapi import Depends, Header, Request
+from pydantic import Field
 from starlette.types import Receive
 
 from server.engine.engine import Engine
@@ -16,6 +17,11 @@ from server.settings import Settings
 T = TypeVar("T")
 
 MAX_TIMEOUT_MS = 24 * 60 * 60 * 1000
+
+TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+
+TimeoutMs = Annotated[int, Field(ge=1, le=MAX_TIMEOUT_MS)] | None
+"""What that header says, if it is there."""
 
 
 async def get_engine(request: Request) -> Engine:
@@ -46,6 +52,13 @@ class Client:
     """How long it waits, if its header says so."""
     receive: Receive
     """Tells when it hangs up. The body has been read."""
+
+    @classmethod
+    def of(cls, request: Request, timeout_ms: int | None) -> Self:
+        """Who sent a request that may take so long."""
+        state = request.app.state
+        seconds = None if timeout_ms is None else timeout_ms / 1000
+        return cls(state.engine, state.settings, seconds, request.receive)
 
     async def wait_for(self, work: Awaitable[T]) -> T:
         """What comes of some work, which is cancelled when the client hangs up; ClientGone then.
@@ -84,18 +97,15 @@ class Client:
 async def get_client(
     request: Request,
     timeout_ms: Annotated[
-        int | None,
+        TimeoutMs,
         Header(
-            alias="X-Request-Timeout-Ms",
-            ge=1,
-            le=MAX_TIMEOUT_MS,
+            alias=TIMEOUT_HEADER,
             description="How long the answer may take, in milliseconds; then 504.",
         ),
     ] = None,
 ) -> Client:
     """The client of a route that runs tasks."""
-    state = request.app.state
-    return Client(state.engine, state.settings, None if timeout_ms is None else timeout_ms / 1000, request.receive)
+    return Client.of(request, timeout_ms)
 
 
 ClientDep = Annotated[Client, Depends(get_client)]

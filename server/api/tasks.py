@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from server.api.deps import Client, ClientDep
 from server.api.errors import RESPONSES
+from server.api.straight import StraightRoute
 from server.api.task_schemas import (
     Answer,
     AnswerAnswer,
@@ -29,7 +30,7 @@ from server.api.task_schemas import (
 from server.core import Route, TaskAnswer, TaskRequest
 from server.errors import AdapterdError, InvalidRequest, TooLarge
 
-router = APIRouter(tags=["tasks"], responses=RESPONSES)
+router = APIRouter(tags=["tasks"], responses=RESPONSES, route_class=StraightRoute)
 
 AnswerT = TypeVar("AnswerT", bound=Answer[Any])
 AnswersT = TypeVar("AnswersT", bound=Answers[Any])
