@@ -180,9 +180,16 @@ class _Run(NamedTuple):
         """Into the memory from a tensor on, where the first of them goes."""
         own = numbers.as_strided((len(self.names), *self.shape), (self.step, *_strides(self.shape)), self.first)
         there = first.as_strided((len(self.names), *self.laid), (_padded(first), *first.stride()))
-        there.copy_(own.to(self.dtype).mT if self.how.transposed else own)  # rounded, there is less to turn
+        there.copy_(_rounded(own, self.dtype).mT if self.how.transposed else own)  # rounded, there is less to turn
         if self.how.scale != 1:
             there.mul_(self.how.scale)
+
+
+def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy for a moment, outside of malloc's memory: there, what is small and stays would be put into the hole that
+    it leaves, and the next copy need another one."""
+    size = numbers.numel() * dtype.itemsize
+    return torch.frombuffer(BLOCKS.take(size), dtype=dtype).view(numbers.shape).copy_(numbers)
 
 
 class Moves:
