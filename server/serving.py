@@ -16,7 +16,7 @@ import uvicorn
 from fastapi import FastAPI
 from transformers.utils.logging import disable_progress_bar
 
-from server import logs, processors
+from server import logs
 from server.app import create_app, create_metrics_app
 from server.blocks import BLOCKS
 from server.engine.engine import Engine
@@ -181,8 +181,6 @@ def _limit_arenas() -> None:
 def run(settings: Settings) -> int:
     """Serves until a signal ends it. Returns the exit status."""
     _limit_arenas()
-    if settings.dedicated_processors:
-        processors.share_out()
     logs.configure(settings.log_level, settings.log_format)
     disable_progress_bar()
     try:

@@ -80,18 +80,12 @@ class Settings(BaseSettings):
         description="Number format of the backbone. `auto` is bfloat16 where the hardware multiplies it natively "
         "(CUDA, AMX, AVX512-BF16), else float32.",
     )
-    streams: int = Field(
-        1,
+    streams: int | None = Field(
+        None,
         ge=1,
         description="Batches that are computed side by side, each on its share of the processors that torch may use "
-        "(`OMP_NUM_THREADS`). On a CPU with many, more may get through more small texts; one answers a lone long "
-        "text sooner and leaves more to what goes on beside the device.",
-    )
-    dedicated_processors: bool = Field(
-        False,
-        description="Nothing else computes on the processors that this server may use. Its threads then wait for each "
-        "other spinning, and a batch of short texts takes a third less; where others do compute there, it takes "
-        "several times as long.",
+        "(`OMP_NUM_THREADS`). By default two on a CPU that has several, else one; with many processors, more may get "
+        "through more small texts.",
     )
     warm_up_seconds: float = Field(
         20.0,

@@ -348,6 +348,32 @@ def test_while_one_stream_runs_work_gathers_for_another() -> None:
     assert queue.pause(idle=1) == 0
 
 
+def test_what_was_dealt_out_does_not_gather() -> None:
+    clock = Clock()
+    queue = scheduler(batch=4000, clock=clock, batch_seconds=0.1, streams=2)
+    admit(queue, *pieces(*[16] * 12))
+    assert len(batch_of(queue, idle=2)) == SPREAD_TOKENS // 16
+    assert queue.pause(idle=1) == 0
+    assert sum(piece.tokens for piece in batch_of(queue, idle=1)) == 12 * 16 - SPREAD_TOKENS
+    admit(queue, Piece(16))  # which comes later
+    assert queue.pause(idle=1) == pytest.approx(GATHERING_SHARE * 0.1)
+
+
+def test_a_batch_is_alone_where_nothing_else_runs_or_waits() -> None:
+    queue = scheduler(batch=4000, streams=2)
+
+    def alone(*texts: int, idle: int) -> bool:
+        admit(queue, *pieces(*texts))
+        taken = queue.next_batch(idle)
+        queue.drain()
+        assert taken is not None
+        return taken.alone
+
+    assert alone(400, idle=2)
+    assert not alone(400, idle=1)
+    assert not alone(400, 400, idle=2)
+
+
 def test_all_streams_together_are_as_fast_as_one_times_their_number() -> None:
     queue = scheduler(batch=4000, batch_seconds=0.1, streams=3)
     queue.ran(1000, 0.1)

@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from server import processors
 from server.adapters.base import AdapterWeights
 from server.core import AdapterRef, Encoding, Priority, Terms
 from server.engine.quarantine import Quarantine
 from server.engine.recent import KEPT, RanBatch, RecentBatches
 from server.engine.runner import Row
-from server.engine.scheduler import Scheduler
-from server.engine.worker import QueuedRow, Streams, Ticket, Worker
+from server.engine.scheduler import Batch, Scheduler
+from server.engine.worker import WIDE_TOKENS, QueuedRow, Streams, Ticket, Worker
 from server.errors import (
     AdapterdError,
     AdapterQuarantined,
@@ -63,10 +64,13 @@ class FaultyRunner:
         self.bad = BAD
         self.fits = 1000
         """Tokens for which there is memory."""
+        self.threads: list[int] = []
+        """On how many processors each batch was computed."""
 
     def run(self, rows: Sequence[Row]) -> list[Any]:
         self.gate.wait(10)
         self.batches.append([row.adapter.labels[0] for row in rows])
+        self.threads.append(torch.get_num_threads())
         if sum(row.tokens for row in rows) > self.fits:
             raise self.error
         if any(row.adapter is self.bad or row.tokens == POISON for row in rows):
@@ -612,11 +616,41 @@ def test_a_stream_that_dies_ends_the_others_after_their_batch(streams: Worker, s
 
 
 def test_streams_of_a_processor_share_it() -> None:
-    here = torch.get_num_threads()
-    assert Streams.of(torch.device("cpu"), 1) == Streams(1, here)
-    assert Streams.of(torch.device("cpu"), 2) == Streams(2, max(1, here // 2))
-    assert Streams.of(torch.device("cpu"), 64) == Streams(64, max(1, here // 64))
-    assert Streams.of(torch.device("meta"), 2) == Streams(2, None)
+    here = processors.count()
+    assert Streams.of(torch.device("cpu"), 1) == Streams(1, here, here)
+    assert Streams.of(torch.device("cpu"), 2) == Streams(2, max(1, here // 2), here)
+    assert Streams.of(torch.device("cpu"), 64) == Streams(64, max(1, here // 64), here)
+    assert Streams.of(torch.device("meta"), 2) == Streams(2)
+
+
+def test_there_are_two_streams_where_there_are_processors_for_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    for here, count, threads in ((1, 1, 1), (2, 2, 1), (3, 2, 1), (16, 2, 8)):
+        monkeypatch.setattr(processors, "count", lambda here=here: here)
+        assert Streams.of(torch.device("cpu"), None) == Streams(count, threads, here)
+    assert Streams.of(torch.device("meta"), None) == Streams(1)
+
+
+def test_a_large_batch_that_is_alone_is_computed_on_all_processors() -> None:
+    streams = Streams(2, 1, 2)
+
+    def batch(tokens: int, alone: bool) -> Batch[QueuedRow]:
+        return Batch([], [], [], tokens, backlog=False, alone=alone)
+
+    assert streams.threads_of(batch(WIDE_TOKENS + 1, alone=True)) == 2
+    assert streams.threads_of(batch(WIDE_TOKENS, alone=True)) == 1
+    assert streams.threads_of(batch(WIDE_TOKENS + 1, alone=False)) == 1
+    assert Streams(1).threads_of(batch(WIDE_TOKENS + 1, alone=True)) is None
+
+
+def test_streams_compute_on_what_their_batches_are_given(runner: FaultyRunner) -> None:
+    scheduler = Scheduler[QueuedRow](max_batch_tokens=4000, max_queue_tokens=60_000, clock=time.monotonic, streams=2)
+    worker = Worker(runner, scheduler, Metrics(), streams=Streams(2, 3, 5))
+    worker.start()
+    for tokens in (WIDE_TOKENS, WIDE_TOKENS + 1, WIDE_TOKENS):
+        result(worker.submit([row(GOOD, tokens)]))
+        wait_for(lambda: worker._idle == 2)
+    worker.stop()
+    assert runner.threads == [3, 5, 3]
 
 
 class Died(BaseException):

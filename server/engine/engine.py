@@ -26,7 +26,6 @@ from server.core import (
     Terms,
 )
 from server.engine.access import EVERYTHING, Access
-from server.engine.bursts import Bursts
 from server.engine.catalog import Catalog
 from server.engine.loading import Checked, Checker, Loader
 from server.engine.memory import Memory
@@ -162,11 +161,9 @@ class Engine:
         self._tracing = tracing
         self.upload_turn = asyncio.Semaphore(UPLOADS)
         """To be held from before an upload's bytes are read."""
-        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader", processors.keep_to_one)
-        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload", processors.keep_to_one)
-        self._tokenizer_pool = ThreadPoolExecutor(
-            settings.tokenizer_threads, "adapterd-tokenizer", processors.keep_to_one
-        )
+        self._loader_pool = ThreadPoolExecutor(LOADER_THREADS, "adapterd-loader", processors.use_one)
+        self._upload_pool = ThreadPoolExecutor(UPLOAD_THREADS, "adapterd-upload", processors.use_one)
+        self._tokenizer_pool = ThreadPoolExecutor(settings.tokenizer_threads, "adapterd-tokenizer", processors.use_one)
         streams = Streams.of(backbone.device, settings.streams)
         scheduler = Scheduler[QueuedRow](
             max_batch_tokens=settings.max_batch_tokens,
@@ -183,8 +180,6 @@ class Engine:
             metrics, failures=settings.quarantine_failures, pause_seconds=settings.quarantine_seconds, clock=clock
         )
         self._worker = Worker(Runner(backbone), scheduler, metrics, self._quarantine, tracing, streams)
-        self._bursts = Bursts(lambda: self._worker.backlog_seconds)
-        self._naps = settings.dedicated_processors  # whose threads spin, and suffer most from whoever comes between
         # What as many texts as a request may hold come to at most, or one text of as many windows as it may have: long
         # texts, each for many adapters, would hold the device for minutes.
         self._max_request_tokens = max(settings.max_inputs, MAX_WINDOWS) * backbone.spec.max_tokens
@@ -318,8 +313,6 @@ class Engine:
         if self._warm_up_seconds:
             self._warming = loop.create_task(self._warm_up.run(self._warm_up_seconds))
         self._following = [loop.create_task(self._pins.follow()), loop.create_task(self._follow_quarantined())]
-        if self._naps:
-            self._bursts.start()
 
     async def warmed(self) -> None:
         """Waits until it is warm. Raises BackboneError where the backbone cannot be run at all."""
@@ -351,7 +344,6 @@ class Engine:
         self.leave()
         for task in self._following:
             task.cancel()
-        self._bursts.stop()
         self._shadows.stop()
         self._worker.stop()
         for pool in (self._loader_pool, self._upload_pool, self._tokenizer_pool):

@@ -123,6 +123,8 @@ class Batch(Generic[WorkT]):
     tokens: int
     backlog: bool
     """Whether work was left waiting."""
+    alone: bool
+    """Nothing else runs or waits."""
 
 
 @dataclass(eq=False, slots=True)
@@ -305,6 +307,8 @@ class Scheduler(Generic[WorkT]):
         self._delay_seconds = delay_seconds
         self._rounds = {priority: _Round[WorkT](weight) for priority in Priority}
         self._numbers = 0
+        self._dealt = 0
+        """The number of the last unit there was when work was dealt out to idle streams."""
         self._deadlines: list[tuple[float, int, Priority]] = []
         """A heap of deadlines, numbers and priorities of units; not of the units, which may be done long before."""
         self._shrunk_until = 0.0
@@ -319,14 +323,6 @@ class Scheduler(Generic[WorkT]):
     def share(self) -> float:
         """Of the queue: how much is taken, 0 to 1."""
         return min(1.0, sum(self.tokens.values()) / self._max_queue_tokens)
-
-    @property
-    def backlog_seconds(self) -> float:
-        """How long what waits takes to run, by the present throughput; 0 while there is none. Work of low priority does
-        not count: nobody waits for it."""
-        return self._seconds(
-            sum(line.tokens for priority, line in self._rounds.items() if priority is not Priority.LOW)
-        )
 
     @property
     def budget(self) -> int:
@@ -416,15 +412,15 @@ class Scheduler(Generic[WorkT]):
     def pause(self, idle: int = 1) -> float | None:
         """Seconds until the next batch should be taken, for more to come; None: nothing waits. `idle`: see
         `next_batch`."""
-        oldest = min((unit.admitted for line in self._rounds.values() if (unit := _oldest(line))), default=None)
+        oldest = min(filter(None, map(_oldest, self._rounds.values())), key=lambda unit: unit.number, default=None)
         if oldest is None:
             return None
         waiting = sum(self.tokens.values())
         if waiting >= self.budget:
             return 0.0
-        gathers = idle < self._streams and waiting < GATHERED_TOKENS
+        gathers = idle < self._streams and waiting < GATHERED_TOKENS and oldest.number > self._dealt
         delay = max(self._delay_seconds, self._gathering_seconds if gathers else 0.0)
-        return max(0.0, oldest + delay - self._clock())
+        return max(0.0, oldest.admitted + delay - self._clock())
 
     def next_batch(self, idle: int = 1) -> Batch[WorkT] | None:
         """What runs next within the budget, at least one piece; None if nothing waits. `idle`: streams that could take
@@ -447,7 +443,11 @@ class Scheduler(Generic[WorkT]):
             filling.fill(line, budget, budget)
         if not filling.work:
             return None
-        return Batch(filling.work, filling.waits, filling.sizes, filling.tokens, backlog=any(self.tokens.values()))
+        if idle > 1:
+            self._dealt = self._numbers
+        backlog = any(self.tokens.values())
+        alone = idle == self._streams and not backlog
+        return Batch(filling.work, filling.waits, filling.sizes, filling.tokens, backlog, alone)
 
     def ran(self, tokens: int, seconds: float) -> None:
         """A batch took so long, from the end of its stream's last, both of which left work waiting; without what the

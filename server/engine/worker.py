@@ -27,6 +27,13 @@ from server.tracing import OFF, Attributes, Place, Tracing, about
 
 log = get_logger("adapterd.worker")
 
+STREAMS = 2
+"""Batches side by side on a CPU that has the processors for it."""
+
+WIDE_TOKENS = 256
+"""A batch of more that has the device to itself is computed on all processors. One of less takes no longer on its
+stream's own, where nobody is waited for."""
+
 STOP_SECONDS = 3.0
 """How long stopping waits for the running batches. A device that hangs must not keep the process."""
 
@@ -178,16 +185,26 @@ class Streams:
     count: int = 1
     threads: int | None = None
     """Processors that each of them computes on; None where that is not a CPU."""
+    all_threads: int | None = None
+    """Those of a large batch that is the only one."""
 
     @classmethod
-    def of(cls, device: torch.device, count: int) -> "Streams":
-        """So many on a device. Those of a CPU share its processors.
+    def of(cls, device: torch.device, count: int | None) -> "Streams":
+        """So many on a device, or as many as are good for most. Those of a CPU share its processors.
 
         Batches on few processors each do not wait for all of them after every product, of which adapters and short
-        texts make many small ones, nor for whoever else keeps one of them busy. But one long text alone takes longer,
-        and so does everything that needs Python's lock.
+        texts make many small ones, nor for whoever else keeps one of them busy. But each needs Python's lock, which
+        more than a few only wait for.
         """
-        return cls(count, max(1, processors.count() // count) if device.type == "cpu" else None)
+        if device.type != "cpu":
+            return cls(count or 1)
+        here = processors.count()
+        count = count or min(STREAMS, here)
+        return cls(count, max(1, here // count), here)
+
+    def threads_of(self, batch: Batch[Any]) -> int | None:
+        """Processors for a batch; None: not a CPU."""
+        return self.all_threads if batch.alone and batch.tokens > WIDE_TOKENS else self.threads
 
 
 class Worker:
@@ -249,12 +266,6 @@ class Worker:
             first = refs[0] if refs else None
             self._scheduler.check(first.name if first else "", tokens, terms)
         self._quarantine.check(filter(None, refs))
-
-    @property
-    def backlog_seconds(self) -> float:
-        """How long what waits takes to run; 0 where that is not known yet."""
-        with self._changed:
-            return self._scheduler.backlog_seconds
 
     def load(self) -> Load:
         """What runs and what waits now."""
@@ -325,10 +336,12 @@ class Worker:
 
     def _work(self, stream: int) -> None:
         try:
-            if self._streams.threads is not None:
-                processors.use(self._streams.threads)
-            backlog = False
+            backlog, using = False, None
             while (batch := self._next_batch(stream)) is not None:
+                threads = self._streams.threads_of(batch)
+                if threads is not None and threads != using:
+                    processors.use(threads)
+                    using = threads
                 started = time.perf_counter()
                 self._run(batch.work)
                 before, ended = self._since[stream], time.perf_counter()
