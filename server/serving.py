@@ -5,6 +5,7 @@ import ctypes
 import gc
 import json
 import math
+import os
 import socket
 import ssl
 import sys
@@ -195,6 +196,10 @@ def run(settings: Settings) -> int:
     except AdapterdError as error:
         print(f"adapterd: {error.message}", file=sys.stderr)
         return 1
+    if app.state.backbone.device.type == "cpu":
+        # Its own threads look for texts to tokenize all the time, on the processors of the device's threads, which
+        # have twenty times as much to do with each text.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     password = settings.ssl_keyfile_password
     config = uvicorn.Config(
         app,
