@@ -32,6 +32,7 @@ from server.adapters import METHODS
 from server.api import compat
 from server.api.compat import hf, oip, tei
 from server.api.schemas import Body
+from server.api.straight import StraightRoute
 from server.api.task_schemas import ClassifyBody
 from server.app import create_app
 from server.backbone.backbone import Backbone, fingerprint
@@ -457,9 +458,28 @@ def test_more_scores_than_an_answer_should_hold(client: TestClient, minilm: Back
     assert list(first.items()) == [pytest.approx(one, abs=1e-6) for one in list(second.items())[:2]]
 
 
-def test_the_body_has_to_say_that_it_is_json(client: TestClient) -> None:
-    answer = client.post("/classify", content=b'{"adapter": "lora", "inputs": "a"}', headers={"content-type": "text/x"})
+@pytest.mark.parametrize("sent", ["text/x", "application/jsonp", ""])
+def test_the_body_has_to_say_that_it_is_json(client: TestClient, sent: str) -> None:
+    answer = client.post("/classify", content=b'{"adapter": "lora", "inputs": "a"}', headers={"content-type": sent})
     assert "Content-Type: application/json" in refused(answer, 422)
+
+
+@pytest.mark.parametrize(
+    "sent", ["application/json; charset=utf-8", "Application/JSON", "application/merge-patch+json"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_json_may_be_called_and_written_in_many_ways(client: TestClient, sent: str, encoding: str) -> None:
+    content = '{"adapter": "lora", "inputs": "Zażółć", "threshold": 0, "inputs": "What a lovely day"}'.encode(encoding)
+    answer = client.post("/classify", content=content, headers={"content-type": sent})
+    assert answer.json()["predictions"] == classify(client, "lora", "What a lovely day").json()["predictions"]
+
+
+def test_a_straight_route_takes_a_body_and_a_client() -> None:
+    async def wrong(name: str) -> str:
+        return name
+
+    with pytest.raises(TypeError, match="wrong has to take body and client"):
+        StraightRoute("/wrong", wrong)
 
 
 def test_unknown_adapters_name_the_nearest(client: TestClient) -> None:

@@ -39,7 +39,7 @@ class StraightRoute(APIRoute):
 
         async def handle(request: Request) -> Response:
             headers = request.headers
-            if not headers.get("content-type", "").startswith(JSON):
+            if headers.get("content-type", "").partition(";")[0] != JSON:
                 return await usual(request)
             try:
                 sent = await request.body()
