@@ -196,10 +196,6 @@ def run(settings: Settings) -> int:
     except AdapterdError as error:
         print(f"adapterd: {error.message}", file=sys.stderr)
         return 1
-    if app.state.backbone.device.type == "cpu":
-        # Its own threads look for texts to tokenize all the time, on the processors of the device's threads, which
-        # have twenty times as much to do with each text.
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     password = settings.ssl_keyfile_password
     config = uvicorn.Config(
         app,
@@ -226,6 +222,10 @@ def run(settings: Settings) -> int:
     except OSError as error:
         print(f"adapterd: metrics_port: {error.strerror}", file=sys.stderr)
         return 1
+    if app.state.backbone.device.type == "cpu":
+        # The library's own threads look for texts to tokenize all the time, on the processors of the device's threads,
+        # which have twenty times as much to do with each text.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     server = _Server(config, beside)
     server.run()
     if server.failure is not None:
