@@ -6,6 +6,10 @@ from typing import Any, cast
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 
+GATHERED_BYTES = 64 * 1024
+"""What is more is sent at once, so that uvicorn hears of a client that does not read."""
+
+
 class Gathering:
     """A transport that sends what is written to it in one turn of the event loop in one piece.
 
@@ -18,10 +22,12 @@ class Gathering:
         self._waiting: list[bytes] = []
 
     def write(self, data: bytes) -> None:
-        """At the end of this turn, with what else there is."""
+        """In a moment, with what else there is by then."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self._send)
         self._waiting.append(data)
+        if sum(map(len, self._waiting)) > GATHERED_BYTES:
+            self._send()
 
     def close(self) -> None:
         """Once all has been sent."""

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Iterable
 
-from server.wire import Gathering
+from server.wire import GATHERED_BYTES, Gathering
 
 
 class Transport(asyncio.Transport):
@@ -35,6 +35,15 @@ def test_each_turn_sends_one_piece() -> None:
             assert turn not in b"".join(transport.sent)
             await asyncio.sleep(0)
         assert transport.sent == [b"head one", b"head two"]
+
+    asyncio.run(scenario())
+
+
+def test_much_is_sent_at_once() -> None:
+    async def scenario() -> None:
+        transport = Transport()
+        Gathering(transport).write(bytes(GATHERED_BYTES + 1))
+        assert [len(one) for one in transport.sent] == [GATHERED_BYTES + 1]
 
     asyncio.run(scenario())
 
