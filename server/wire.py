@@ -5,7 +5,6 @@ from typing import Any, cast
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-
 GATHERED_BYTES = 64 * 1024
 """What is more is sent at once, so that uvicorn hears of a client that does not read."""
 
