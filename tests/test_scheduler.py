@@ -348,6 +348,26 @@ def test_while_one_stream_runs_work_gathers_for_another() -> None:
     assert queue.pause(idle=1) == 0
 
 
+def test_what_is_urgent_does_not_wait_for_more() -> None:
+    """The longest pause is half of what a batch should take."""
+    clock = Clock()
+    gathering = GATHERING_SHARE * 0.1
+    for terms, pause in (
+        (Terms(Priority.HIGH), 0.0),
+        (Terms(deadline=clock.now + 0.9 * gathering), 0.0),
+        (Terms(deadline=clock.now + 1.1 * gathering), gathering),
+        (Terms(Priority.LOW), gathering),
+    ):
+        queue = scheduler(batch=4000, clock=clock, batch_seconds=0.1, streams=2)
+        admit(queue, Piece(16))
+        queue.admit([[Piece(16)]], terms)
+        assert queue.pause(idle=1) == pytest.approx(pause)
+    queue = scheduler(batch=4000, clock=clock, batch_seconds=0.1, streams=2)
+    queue.ran(1000, 0.1)
+    queue.admit([[Piece(100)]], Terms(deadline=clock.now + 1.1 * gathering))  # which takes 10 ms
+    assert queue.pause(idle=1) == 0
+
+
 def test_what_was_dealt_out_does_not_gather() -> None:
     clock = Clock()
     queue = scheduler(batch=4000, clock=clock, batch_seconds=0.1, streams=2)

@@ -645,11 +645,15 @@ def test_a_large_batch_that_is_alone_is_computed_on_all_processors() -> None:
 def test_streams_compute_on_what_their_batches_are_given(runner: FaultyRunner) -> None:
     scheduler = Scheduler[QueuedRow](max_batch_tokens=4000, max_queue_tokens=60_000, clock=time.monotonic, streams=2)
     worker = Worker(runner, scheduler, Metrics(), streams=Streams(2, 3, 5))
+    here = torch.get_num_threads()
     worker.start()
-    for tokens in (WIDE_TOKENS, WIDE_TOKENS + 1, WIDE_TOKENS):
-        result(worker.submit([row(GOOD, tokens)]))
-        wait_for(lambda: worker._idle == 2)
-    worker.stop()
+    try:
+        for tokens in (WIDE_TOKENS, WIDE_TOKENS + 1, WIDE_TOKENS):
+            result(worker.submit([row(GOOD, tokens)]))
+            wait_for(lambda: worker._idle == 2)
+    finally:
+        worker.stop()
+        torch.set_num_threads(here)  # for threads that compute for the first time after this
     assert runner.threads == [3, 5, 3]
 
 

@@ -392,7 +392,7 @@ class Scheduler(Generic[WorkT]):
     def expire(self) -> list[WorkT]:
         """Takes what is past its deadline, or would be at the end of the next batch: before it costs anything."""
         expired: list[WorkT] = []
-        ready = self._clock() + self._streams * self._seconds(min(self.budget, sum(self.tokens.values())))
+        ready = self._ready()
         while self._deadlines and self._deadlines[0][0] <= ready:
             _, number, priority = heapq.heappop(self._deadlines)
             line = self._rounds[priority]
@@ -419,8 +419,22 @@ class Scheduler(Generic[WorkT]):
         if waiting >= self.budget:
             return 0.0
         gathers = idle < self._streams and waiting < GATHERED_TOKENS and oldest.number > self._dealt
-        delay = max(self._delay_seconds, self._gathering_seconds if gathers else 0.0)
+        delay = max(self._delay_seconds, self._gathering_seconds if gathers and self._may_gather() else 0.0)
         return max(0.0, oldest.admitted + delay - self._clock())
+
+    def _may_gather(self) -> bool:
+        """Whether nothing that waits, which is little, is urgent, nor late after as long as work gathers."""
+        late = self._ready(self._gathering_seconds)
+        units = (unit for line in self._rounds.values() for unit in line.units.values())
+        return all(
+            unit.terms.priority is not Priority.HIGH and (unit.terms.deadline is None or unit.terms.deadline > late)
+            for unit in units
+        )
+
+    def _ready(self, pause: float = 0.0) -> float:
+        """When what runs next is done, on the queue's clock, if it is taken after a pause of so many seconds."""
+        tokens = min(self.budget, sum(self.tokens.values()))
+        return self._clock() + pause + self._streams * self._seconds(tokens)
 
     def next_batch(self, idle: int = 1) -> Batch[WorkT] | None:
         """What runs next within the budget, at least one piece; None if nothing waits. `idle`: streams that could take
