@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import fastapi.routing
 import peft_references as peft
 import pytest
 import safetensors.torch
@@ -101,7 +102,8 @@ def store() -> AdapterStore:
 
 @pytest.fixture(scope="module")
 def client(minilm: Backbone, store: AdapterStore) -> Iterator[TestClient]:
-    settings = Settings(max_body_bytes=100_000, max_upload_bytes=5_000_000, max_inputs=64)
+    # two streams, as on most machines: in tests torch has one thread
+    settings = Settings(max_body_bytes=100_000, max_upload_bytes=5_000_000, max_inputs=64, streams=2)
     app = create_app(settings, backbone=minilm, store=store)
     with TestClient(app, raise_server_exceptions=False) as client:
         for name, method, config, labels in (
@@ -472,6 +474,16 @@ def test_json_may_be_called_and_written_in_many_ways(client: TestClient, sent: s
     content = '{"adapter": "lora", "inputs": "Zażółć", "threshold": 0, "inputs": "What a lovely day"}'.encode(encoding)
     answer = client.post("/classify", content=content, headers={"content-type": sent})
     assert answer.json()["predictions"] == classify(client, "lora", "What a lovely day").json()["predictions"]
+
+
+def test_what_can_be_read_goes_straight(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_long(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("FastAPI's own way")
+
+    monkeypatch.setattr(fastapi.routing, "solve_dependencies", too_long)
+    assert len(scores(classify(client, "lora", "a"))) == 1
+    refused(classify(client, "nobody", "a"), 404, "adapter")
+    assert classify(client, "lora", "").status_code == 500, "what cannot be read goes there"
 
 
 def test_a_straight_route_takes_a_body_and_a_client() -> None:
