@@ -200,6 +200,7 @@ def run(settings: Settings) -> int:
     config = uvicorn.Config(
         app,
         http=Protocol,
+        ws="none",
         host=settings.host,
         port=settings.port,
         ssl_certfile=settings.ssl_certfile,

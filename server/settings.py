@@ -206,7 +206,7 @@ class Settings(BaseSettings):
     tokenizer_threads: int = Field(
         2,
         ge=1,
-        description="Threads that tokenize what is not short, away from the event loop and from the device's thread.",
+        description="Threads that tokenize what is not short, away from the event loop and from the device's threads.",
     )
     api_keys_file: str | None = Field(
         None,

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -104,6 +105,16 @@ def test_the_readmes_curl_lines_work_word_for_word(server: Served) -> None:
 def test_the_greetings_curl_line_works(server: Served) -> None:
     line = next(line for line in server.greeting.splitlines() if "curl" in line)
     run_curl(line.strip(), server.url)
+
+
+def test_an_answer_comes_in_one_piece(server: Served) -> None:
+    url = httpx.URL(server.url)
+    for _ in range(20):  # two pieces may meet on their way
+        with socket.create_connection((url.host, url.port), timeout=30) as connection:
+            connection.sendall(b"GET /livez HTTP/1.1\r\nhost: here\r\n\r\n")
+            head, _, body = connection.recv(65536).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 200")
+            assert body
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """What is written in one turn of the event loop leaves in one piece."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from server.wire import GATHERED_BYTES, Gathering
 
@@ -25,52 +25,53 @@ class Transport(asyncio.Transport):
         self.closed = True
 
 
-def test_each_turn_sends_one_piece() -> None:
-    async def scenario() -> None:
+def sent(*turns: Callable[[Gathering, Transport], None]) -> list[bytes]:
+    """What has been sent after so many turns of an event loop."""
+
+    async def run() -> list[bytes]:
         transport = Transport()
         gathering = Gathering(transport)
-        for turn in (b"one", b"two"):
-            gathering.write(b"head ")
-            gathering.write(turn)
-            assert turn not in b"".join(transport.sent)
+        for turn in turns:
+            turn(gathering, transport)
             await asyncio.sleep(0)
-        assert transport.sent == [b"head one", b"head two"]
+        return transport.sent
 
-    asyncio.run(scenario())
+    return asyncio.run(run())
+
+
+def test_each_turn_sends_one_piece() -> None:
+    def answer(gathering: Gathering, transport: Transport) -> None:
+        before = len(transport.sent)
+        gathering.write(b"head ")
+        gathering.write(b"body")
+        assert len(transport.sent) == before
+
+    assert sent(answer, answer) == [b"head body", b"head body"]
 
 
 def test_much_is_sent_at_once() -> None:
-    async def scenario() -> None:
-        transport = Transport()
-        Gathering(transport).write(bytes(GATHERED_BYTES + 1))
-        assert [len(one) for one in transport.sent] == [GATHERED_BYTES + 1]
+    def answer(gathering: Gathering, transport: Transport) -> None:
+        gathering.write(bytes(GATHERED_BYTES + 1))
+        assert transport.sent
 
-    asyncio.run(scenario())
+    assert list(map(len, sent(answer))) == [GATHERED_BYTES + 1]
 
 
 def test_what_waits_is_sent_before_the_end() -> None:
-    async def scenario() -> None:
-        transport = Transport()
-        gathering = Gathering(transport)
+    def end(gathering: Gathering, transport: Transport) -> None:
         gathering.write(b"last")
         gathering.close()
-        assert (transport.sent, transport.closed) == ([b"last"], True)
-        await asyncio.sleep(0)
-        assert transport.sent == [b"last"]
+        assert transport.closed
 
-    asyncio.run(scenario())
+    assert sent(end) == [b"last"]
 
 
 def test_nothing_is_sent_to_who_has_gone() -> None:
-    async def scenario() -> None:
-        transport = Transport()
-        gathering = Gathering(transport)
+    def leave(gathering: Gathering, transport: Transport) -> None:
         gathering.write(b"too late")
         transport.close()
-        await asyncio.sleep(0)
-        assert transport.sent == []
 
-    asyncio.run(scenario())
+    assert sent(leave) == []
 
 
 def test_the_rest_is_the_transports() -> None:

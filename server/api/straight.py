@@ -24,7 +24,8 @@ class StraightRoute(APIRoute):
     FastAPI makes objects of a body's JSON and looks at them once more, walks through all that a route might depend on,
     and validates what it answers: nearly half of the event loop's time with a request. Here pydantic reads the bytes,
     and the answer is written as it is. The OpenAPI document is FastAPI's as ever; and so is the way of whatever cannot
-    be read here, so that its error says the same as everywhere else.
+    be read here, so that its error says the same as everywhere else. Dependencies, another status or another class of
+    response, which a decorator may ask for, are not looked at.
     """
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -306,7 +306,7 @@ class Engine:
         return self._worker.recent.newest_first(limit)
 
     def start(self) -> None:
-        """Starts the device's thread, warming up, and following the store's pins and the releases of adapters in
+        """Starts the device's threads, warming up, and following the store's pins and the releases of adapters in
         quarantine."""
         self._worker.start()
         loop = asyncio.get_running_loop()
