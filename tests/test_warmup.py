@@ -280,7 +280,7 @@ def verbose_server(folder: Path, store: Path) -> Iterator[tuple[httpx.Client, Pa
     """A server in bfloat16 that tells what oneDNN compiles, and the file that it tells it in."""
     output = folder / "output"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
-    environment = clean | {"ONEDNN_VERBOSE": "profile_create", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = clean | {"ONEDNN_VERBOSE": "profile_create", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     command = [sys.executable, "-m", "server", "serve", "--port", "0", "--device", "cpu", "--dtype", "bfloat16"]
     command += ["--store", str(store), "--backbone", children.save_tiny_bert(folder / "backbone")]
     with output.open("wb") as written:

@@ -188,8 +188,8 @@ class _Run(NamedTuple):
 def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy for a moment, outside of malloc's memory: there, what is small and stays would be put into the hole that
     it leaves, and the next copy need another one."""
-    size = numbers.numel() * dtype.itemsize
-    return torch.frombuffer(BLOCKS.take(size), dtype=dtype).view(numbers.shape).copy_(numbers)
+    piece = _piece(numbers.numel() * dtype.itemsize, numbers.device)
+    return piece.view(dtype).view(numbers.shape).copy_(numbers)
 
 
 class Moves:

@@ -336,12 +336,10 @@ class Worker:
 
     def _work(self, stream: int) -> None:
         try:
-            backlog, using = False, None
+            backlog = False
             while (batch := self._next_batch(stream)) is not None:
-                threads = self._streams.threads_of(batch)
-                if threads is not None and threads != using:
+                if (threads := self._streams.threads_of(batch)) is not None:
                     processors.use(threads)
-                    using = threads
                 started = time.perf_counter()
                 self._run(batch.work)
                 before, ended = self._since[stream], time.perf_counter()
