@@ -53,7 +53,7 @@ from server.errors import (
 from server.store import objects as objects_module
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, read_tensors
 from server.store.gc import Removed, collect
-from server.store.objects import ATTEMPTS, Objects
+from server.store.objects import ATTEMPTS, PORTION_BYTES, Objects
 from server.store.releases import DELETED, MAX_SERVING, MAX_SHADOWS, SHARES_TOLERANCE, Plan, Release, choose
 from server.store.report import GoldenCheck, Report
 from server.store.store import LAST_SORTED, AdapterStore, StoredVersion, check_name, check_version
@@ -1579,6 +1579,35 @@ def test_the_object_that_is_chosen(store: Sync) -> None:
         assert await objects.choose("nothing", lambda names: max(names, default=None)) is None
         with pytest.raises(FileNotFoundError):
             await objects.choose("folder", lambda names: "gone")
+
+    asyncio.run(calls())
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, PORTION_BYTES - 1, PORTION_BYTES, PORTION_BYTES + 1, 3 * PORTION_BYTES + 7])
+def test_an_object_of_any_size_comes_back_whole(store: Sync, nbytes: int) -> None:
+    objects, data = store.store._objects, os.urandom(nbytes)
+
+    async def calls() -> None:
+        await objects.put("folder/data", data)
+        assert await objects.get("folder/data") == data
+        _, opened = await objects.get_and_open("folder/data", "folder/data")
+        assert opened is not None
+        assert opened.size == nbytes
+        assert bytes(await opened.read()) == data
+
+    asyncio.run(calls())
+
+
+def test_a_file_that_shrinks_or_grows_as_it_is_read(tmp_path: Path) -> None:
+    objects, file = Objects.open(str(tmp_path)), tmp_path / "data"
+
+    async def calls() -> None:
+        file.write_bytes(b"spam eggs")
+        _, opened = await objects.get_and_open("data", "data")
+        assert opened is not None
+        for now, read in ((b"spam", b"spam"), (b"spam eggs and ham", b"spam eggs"), (b"", b"")):
+            file.write_bytes(now)
+            assert bytes(await opened.read()) == read  # whose digest tells what it is
 
     asyncio.run(calls())
 
