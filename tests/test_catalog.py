@@ -2,11 +2,17 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from itertools import pairwise
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from server.engine.catalog import Catalog
+from server.engine.catalog import REREAD_SECONDS, Catalog
+from server.engine.news import LONGEST_GAP_SECONDS
 from server.errors import CorruptVersion, StoreUnavailable, UnknownAdapter
+from server.store.announcements import KEPT, Announcements
 from server.store.artifact import Artifact, Manifest
 from server.store.releases import Plan, Release
 from server.store.store import AdapterStore
@@ -16,11 +22,35 @@ ARTIFACTS = [Artifact.build(MANIFEST.model_copy(update={"source": source}), {}) 
 VERSIONS = [artifact.version for artifact in ARTIFACTS]
 
 
+class TimedAnnouncements(Announcements):
+    """Announcements that go by the clock of a test, are counted, and fail when they are told to."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.made: list[tuple[float, str, int]] = []
+        self.reads = 0
+        self.failing = False
+
+    async def add(self, name: str, number: int) -> None:
+        self.made.append((self.clock(), name, number))
+
+    async def read(self) -> dict[str, int]:
+        self.reads += 1
+        if self.failing:
+            raise StoreUnavailable("gone")
+        return {name: number for _, name, number in self.made}
+
+    async def sweep(self) -> None:
+        newest = max(at for at, _, _ in self.made)
+        self.made = [one for one in self.made if newest - one[0] <= KEPT.total_seconds()]
+
+
 class FlakyStore(AdapterStore):
     """The real store in memory, which can be told to fail or hang, and counts its reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
         super().__init__(AdapterStore.open("memory://")._objects)
+        self.announcements: TimedAnnouncements = TimedAnnouncements(clock)
         self.reads = 0
         self.failing = False
         self.hangs: asyncio.Event | None = None
@@ -45,8 +75,8 @@ class Setting:
     """A catalog, its store and its clock."""
 
     def __init__(self, prepare: Callable[[str, Release, Release], Awaitable[None]] | None = None) -> None:
-        self.store = FlakyStore()
         self.clock = Clock()
+        self.store = FlakyStore(self.clock)
         self.prepared: list[tuple[str, int, int]] = []
         self.retired: list[str] = []
         self.released: list[tuple[str, int]] = []
@@ -76,7 +106,8 @@ class Setting:
 
 async def settled() -> None:
     """What was started beside has ended."""
-    await asyncio.gather(*(task for task in asyncio.all_tasks() if task is not asyncio.current_task()))
+    others = (task for task in asyncio.all_tasks() if task is not asyncio.current_task())
+    await asyncio.gather(*others, return_exceptions=True)
 
 
 def test_a_release_by_another_process_is_seen_within_the_poll_interval() -> None:
@@ -110,6 +141,215 @@ def test_what_is_asked_for_often_is_read_beside_serving() -> None:
         await settled()
         assert one.store.reads == 2
         assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+async def followed(one: Setting, until: float, *names: str, step: float = 0.5) -> None:
+    """Time passes, and adapters are asked for all along."""
+    while one.clock.now < until:
+        one.clock.now += step
+        for name in names:
+            await one.serves(name)
+        await settled()
+
+
+def test_one_listing_tells_of_all_adapters() -> None:
+    async def run() -> None:
+        one = Setting()
+        names = [f"adapter-{index}" for index in range(20)]
+        for name in names:
+            await one.release(0, name=name)
+        await followed(one, 30, *names)
+        assert one.store.reads == 2 * len(names)  # once more when the announcements began to be followed
+        assert one.store.announcements.reads <= 30
+        await one.release(1, name=names[7])
+        await followed(one, 32.5, *names)
+        assert one.store.reads == 2 * len(names) + 1
+        assert [await one.serves(name) for name in names] == [int(name == names[7]) for name in names]
+        assert one.prepared == [(names[7], 1, 2)]
+
+    asyncio.run(run())
+
+
+def test_what_was_announced_is_looked_for_until_it_is_made() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await followed(one, 5, "sentiment")
+        await one.store.announcements.add("sentiment", 2)
+        await followed(one, 20, "sentiment")
+        assert one.store.reads > 5
+        await one.release(1)
+        one.clock.now += 2.1
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_what_was_announced_and_never_made_is_looked_for_in_vain_for_a_while() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await followed(one, 5, "sentiment")
+        await one.store.announcements.add("sentiment", 2)
+        await followed(one, 90, "sentiment")
+        await one.release(0, name="spam")  # which takes the old announcement away
+        await followed(one, 95, "sentiment")
+        reads = one.store.reads
+        await followed(one, 120, "sentiment")
+        assert one.store.reads == reads
+
+    asyncio.run(run())
+
+
+def test_a_release_that_nobody_asked_for_while_it_was_announced_is_not_forgotten() -> None:
+    async def run() -> None:
+        one = Setting()
+        for name in ("sentiment", "spam"):
+            await one.release(0, name=name)
+        await followed(one, 20, "sentiment", "spam")
+        await one.release(1, name="spam")
+        await followed(one, 50, "sentiment")
+        assert one.store.announcements.made
+        one.store.announcements.made = []
+        await followed(one, 55, "sentiment")
+        assert await one.serves("spam") == 1
+
+    asyncio.run(run())
+
+
+def test_after_a_pause_nothing_is_taken_for_granted() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await followed(one, 20, "sentiment")
+        await one.release(1)
+        one.store.announcements.made = []  # long ago
+        one.clock.now += LONGEST_GAP_SECONDS + 1
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_without_announcements_each_adapter_is_read() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await followed(one, 20, "sentiment")
+        one.store.announcements.failing = True
+        await followed(one, 25, "sentiment")
+        await one.release(1)
+        one.clock.now += 2.1
+        assert await one.serves() == 1
+        assert one.store.announcements.reads < 30  # they are asked for once in a while, not once per request
+        one.store.announcements.failing = False
+        await followed(one, 70, "sentiment")
+        reads = one.store.reads
+        await followed(one, 80, "sentiment")
+        assert one.store.reads == reads
+
+    asyncio.run(run())
+
+
+def test_a_release_that_nobody_announced_is_seen_after_a_minute() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await followed(one, 20, "sentiment")
+        await one.release(1)
+        one.store.announcements.made = []  # it was copied into the store
+        await followed(one, 20 + REREAD_SECONDS + 1, "sentiment")
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_a_release_that_waits_for_its_versions_is_tried_at_each_poll() -> None:
+    async def run() -> None:
+        tries: list[float] = []
+
+        async def prepare(*_: object) -> None:
+            tries.append(one.clock.now)
+            if one.clock.now < 200:
+                raise StoreUnavailable("gone")
+
+        one = Setting(prepare)
+        await one.release(0)
+        await followed(one, 20, "sentiment")
+        await one.release(1)
+        await followed(one, 100, "sentiment")
+        one.store.announcements.made = []  # long ago
+        await followed(one, 200, "sentiment")
+        assert max(later - sooner for sooner, later in pairwise(tries)) <= 2.5
+        one.clock.now += 2.5
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What happens next."""
+
+    passes: float  # seconds
+    asked: tuple[int, ...]
+    released: int | None
+    slow: float  # seconds from a release's announcement until it is made
+    dies: bool  # before it is made
+    sweeps: bool
+    fails: bool  # the announcements, from here on
+
+
+turns = st.builds(
+    Turn,
+    passes=st.sampled_from([0.0, 0.3, 0.9, 1.1, 1.9, 2.1, 5.0, 20.0, 29.0, 31.0, 61.0]),
+    asked=st.lists(st.integers(0, 2), max_size=3).map(tuple),
+    released=st.none() | st.integers(0, 2),
+    slow=st.sampled_from([0.0, 0.0, 0.5, 3.0, 15.0]),
+    dies=st.booleans(),
+    sweeps=st.booleans(),
+    fails=st.sampled_from([False, False, False, True]),
+)
+
+
+@given(st.lists(turns, min_size=3, max_size=25))
+def test_whoever_asks_gets_what_was_released_a_poll_interval_ago(course: list[Turn]) -> None:
+    async def run() -> None:
+        one = Setting()
+        names = ["a", "b", "c"]
+        made: dict[str, list[float]] = {name: [0.0] for name in names}  # when each release was made
+        for name in names:
+            await one.release(0, name=name)
+
+        async def ask(name: str) -> None:
+            release = await one.catalog.serving(name)
+            must = sum(at <= one.clock.now - 2.0 - 1e-6 for at in made[name])
+            assert must <= release.number <= len(made[name]), (name, one.clock.now)
+
+        for turn in course:
+            one.store.announcements.failing = turn.fails
+            one.clock.now += turn.passes
+            for index in turn.asked:
+                await ask(names[index])
+            await settled()
+            if turn.released is not None:
+                name = names[turn.released]
+                announced, number = one.clock.now, len(made[name]) + 1
+                await one.store.announcements.add(name, number)
+                for _ in range(3):  # others ask meanwhile
+                    one.clock.now += turn.slow / 3
+                    await ask(names[0])
+                    await settled()
+                if not turn.dies:
+                    kept = list(one.store.announcements.made)
+                    await one.store.release(name, Plan.only(VERSIONS[number % 3]), by="test")
+                    # That announces it as well, later than a writer that is slow would have.
+                    one.store.announcements.made = [each for each in kept if each[1:] != (name, number)]
+                    one.store.announcements.made.append((announced, name, number))
+                    made[name].append(one.clock.now)
+                    if turn.sweeps:
+                        await one.store.announcements.sweep()
 
     asyncio.run(run())
 

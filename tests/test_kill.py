@@ -21,7 +21,8 @@ from server.store.releases import Release
 from server.store.store import AdapterStore
 
 KNOWN_FILES = re.compile(
-    r"[a-e.-]+/(releases/[0-9]{6}\.json|versions/[0-9a-f]{64}/(manifest\.json|adapter\.safetensors))(?P<left>#[0-9]+)?"
+    r"(_announced/[a-e.-]+@[0-9]+"
+    r"|[a-e.-]+/(releases/[0-9]{6}\.json|versions/[0-9a-f]{64}/(manifest\.json|adapter\.safetensors)))(?P<left>#[0-9]+)?"
 )
 """What a store's folder may hold. obstore writes beside an object and renames; what it left when it was killed has a
 number behind it."""

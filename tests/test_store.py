@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,7 @@ from server.errors import (
     UnknownVersion,
 )
 from server.store import objects as objects_module
+from server.store.announcements import Announcements
 from server.store.artifact import Artifact, Golden, Manifest, TrainedOn, read_tensors
 from server.store.gc import Removed, collect
 from server.store.objects import ATTEMPTS, PORTION_BYTES, Objects
@@ -1065,6 +1067,77 @@ def test_a_roll_back_to_what_was_collected(store: Sync, three: list[str]) -> Non
     with pytest.raises(UnknownVersion, match=three[0]):
         store.rollback("a", by="me")
     assert store.current("a").main_version == three[1]
+
+
+def test_a_release_is_announced_before_it_is_made(store: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def announced() -> dict[str, int]:
+        return await store.store.announcements.read()
+
+    assert asyncio.run(announced()) == {}
+    version = store.put_version("a.b", artifact())
+    for number in (1, 2):
+        store.release("a.b", Plan.only(version), by="me")
+        assert asyncio.run(announced()) == {"a.b": number}
+    store.put_version("c", artifact())
+    create, order = Objects.create, []
+
+    async def lost(objects: Objects, key: str, data: bytes) -> bool:
+        order.append((key, await announced()))
+        raise StoreUnavailable("gone")
+
+    monkeypatch.setattr(Objects, "create", lost)
+    with pytest.raises(StoreUnavailable):
+        store.release("c", Plan.only(version), by="me")
+    assert order == [("c/releases/000001.json", {"a.b": 2, "c": 1})]
+    assert store.current("c") is None
+    monkeypatch.setattr(Objects, "create", create)
+    store.delete("a.b", by="me")
+    assert asyncio.run(announced()) == {"a.b": 3, "c": 1}
+
+
+def test_a_release_that_cannot_be_announced_is_not_made(store: Sync, monkeypatch: pytest.MonkeyPatch) -> None:
+    version = store.put_version("a", artifact())
+
+    async def fails(*_: object) -> None:
+        raise StoreUnavailable("gone")
+
+    monkeypatch.setattr(Announcements, "add", fails)
+    with pytest.raises(StoreUnavailable):
+        store.release("a", Plan.only(version), by="me")
+    assert store.current("a") is None
+
+
+def test_old_announcements_are_removed_by_the_next_writer(tmp_path: Path) -> None:
+    async def run() -> None:
+        store = AdapterStore.open(str(tmp_path))
+        for name, age in (("a", 300), ("b", 70), ("c", 50), ("d", 0)):
+            await store.announcements.add(name, 7)
+            at = time.time() - age
+            os.utime(tmp_path / "_announced" / f"{name}@7", (at, at))
+        (tmp_path / "_announced" / "not one").touch()
+        await store.announcements.sweep()
+        assert await store.announcements.read() == {"c": 7, "d": 7}
+        os.utime(tmp_path / "_announced" / "c@7", (0, 0))
+        await store.announcements.sweep()  # so soon, it does not look again
+        assert "c" in await store.announcements.read()
+        another = AdapterStore.open(str(tmp_path))
+        version = await another.put_version("e", artifact())
+        await another.release("e", Plan.only(version), by="me")
+        assert await another.announcements.read() == {"d": 7, "e": 1}
+
+    asyncio.run(run())
+
+
+def test_a_release_stands_though_old_announcements_cannot_be_removed(
+    store: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = store.put_version("a", artifact())
+
+    async def fails(*_: object) -> None:
+        raise StoreUnavailable("gone")
+
+    monkeypatch.setattr(Announcements, "sweep", fails)
+    assert store.release("a", Plan.only(version), by="me").number == 1
 
 
 def test_pins(store: Sync) -> None:

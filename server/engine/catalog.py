@@ -4,13 +4,15 @@ import asyncio
 from collections import OrderedDict, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 from rapidfuzz import process
 
 from server.engine.access import EVERYTHING, Access
 from server.engine.failures import Failures
+from server.engine.news import News
 from server.engine.once import Once
 from server.errors import AdapterdError, UnknownAdapter, UnknownVersion
 from server.logs import get_logger
@@ -29,6 +31,10 @@ PATIENCE_SECONDS = 1.0
 PREPARE_SECONDS = 1.0
 """How long a reading of a later release waits for its versions to be loaded."""
 
+REREAD_SECONDS = 60.0
+"""After that, an adapter's releases are read again, beside serving, though none was announced: who copies releases into
+a store by other means announces nothing."""
+
 MAX_KNOWN = 20_000
 """Names whose release is remembered, the last ones asked for: some kilobytes each."""
 
@@ -37,14 +43,23 @@ MAX_KNOWN = 20_000
 class _View:
     release: Release
     read_at: float
+    """Until when it is known to hold, announcements aside."""
+    behind: bool
+    """Whether a later one was announced, or cannot be served yet."""
+
+
+_NEWS = "_announced"
+"""What stands for the announcements among adapters' names; no adapter may be called so."""
 
 
 class Catalog:
     """The store's releases as this process knows them.
 
-    An adapter's release is read again when it is asked for and older than the poll interval, or beside serving when it
-    is older than half of it; so what is asked for often never waits, and what nobody asks for costs nothing. Where the
-    store fails, or has a later release but not yet its versions, the last known release goes on serving.
+    The store's announcements are read again when an adapter is asked for and they are older than the poll interval, or
+    beside serving when they are older than half of it; and so is the release of an adapter for which a later one was
+    announced, or of which the announcements say nothing, since they have not been followed from when it was read on. So
+    nobody waits while requests keep coming, and what nobody asks for costs nothing. Where the store fails, or has a
+    later release but not yet its versions, the last known release goes on serving.
     """
 
     def __init__(
@@ -77,6 +92,8 @@ class Catalog:
         self._failures = Failures[str](clock)
         self._hanging: set[str] = set()  # names that a request has waited for in vain
         self._reads = Once[str, Release | None]()
+        self._news = News(store.announcements, clock)
+        self._news_reads = Once[str, None]()
         self._names: tuple[float, list[str]] | None = None
         self._listing = Once[str, list[str]]()
 
@@ -97,11 +114,15 @@ class Catalog:
                 raise error
             return await self._reads.call(name, lambda: self._read(name))
         self._views.move_to_end(name)
-        age = self._clock() - view.read_at
-        if age > self._poll_seconds / 2 and self._failures.recent(name) is None:
-            reading = self._reads.start(name, lambda: self._read(name))
-            if age > self._poll_seconds and name not in self._hanging:
-                await self._wait(name, reading)
+        if (age := self._age(view)) > self._poll_seconds / 2:
+            await self._hear(wait=self._told(view) and age > self._poll_seconds)
+            view = self._views.get(name, view)
+            age = self._age(view)
+        # What the announcements tell of is read itself only where they cannot be had.
+        told = self._told(view) and self._failures.recent(_NEWS) is None
+        unread = self._clock() - view.read_at > max(REREAD_SECONDS, self._poll_seconds)
+        if unread or age > (self._poll_seconds if told else self._poll_seconds / 2):
+            await self._reread(name, wait=age > self._poll_seconds)
         return self._views[name].release if name in self._views else view.release
 
     async def check_version(self, name: str, version: str) -> None:
@@ -115,15 +136,16 @@ class Catalog:
         while len(self._versions) > MAX_KNOWN:
             self._versions.popitem(last=False)
 
-    def note(self, name: str, release: Release, read_at: float | None = None) -> None:
-        """A release that this process made, or read from the store at some time.
+    def note(self, name: str, release: Release, read_at: float | None = None, *, last: int = 0) -> None:
+        """A release that this process made, or read from the store at some time, which may have a later one, `last`.
 
         Reads overtake each other; the higher number is the later one.
         """
         view = self._views.pop(name, None)
         known = view.release if view else None
         later = release if known is None or release.number > known.number else known
-        self._views[name] = _View(later, self._clock() if read_at is None else read_at)
+        read_at = self._clock() if read_at is None else read_at
+        self._views[name] = _View(later, read_at, last > later.number)
         if later is not known:
             for version in later.versions:
                 self._named[version].append(name)
@@ -146,7 +168,26 @@ class Catalog:
                 del self._named[version]
                 self._retire(version)
 
-    async def _wait(self, name: str, reading: asyncio.Task[Release | None]) -> None:
+    def _told(self, view: _View) -> bool:
+        """Whether the announcements would tell of a later release."""
+        return not view.behind and self._news.covers(view.read_at)
+
+    def _age(self, view: _View) -> float:
+        """Seconds since a view was known to hold."""
+        return self._clock() - (max(view.read_at, self._news.as_of) if self._told(view) else view.read_at)
+
+    async def _hear(self, *, wait: bool) -> None:
+        if self._failures.recent(_NEWS) is None:
+            await self._beside(_NEWS, self._news_reads.start(_NEWS, self._read_news), wait=wait)
+
+    async def _reread(self, name: str, *, wait: bool) -> None:
+        if self._failures.recent(name) is None:
+            await self._beside(name, self._reads.start(name, lambda: self._read(name)), wait=wait)
+
+    async def _beside(self, name: str, reading: asyncio.Task[Any], *, wait: bool) -> None:
+        """Waits for a reading, at most for a while; not again for one that hangs."""
+        if not wait or name in self._hanging:
+            return
         try:
             await asyncio.wait_for(asyncio.shield(reading), PATIENCE_SECONDS)
         except TimeoutError:
@@ -155,6 +196,20 @@ class Catalog:
             log.warning("store hangs, serving the last known release", adapter=name)
         except AdapterdError as error:
             log.warning("store failed, serving the last known release", adapter=name, error=error.message)
+
+    async def _read_news(self) -> None:
+        before = self._news.as_of
+        try:
+            numbers = await self._news.read()
+        except AdapterdError as error:
+            self._failures.note(_NEWS, error)
+            raise
+        self._failures.clear(_NEWS)
+        for name, number in numbers.items():
+            view = self._views.get(name)
+            if view is not None and number > view.release.number and not view.behind:
+                held = max(view.read_at, before) if self._news.covers(view.read_at) else view.read_at
+                self._views[name] = replace(view, read_at=held, behind=True)
 
     async def _read(self, name: str) -> Release | None:
         view = self._views.get(name)
@@ -168,20 +223,19 @@ class Catalog:
         self._failures.clear(name)
         if release is None:
             return None
-        if known is not None and release.number > known.number:
+        last = release.number
+        if known is not None and last > known.number:
             try:
                 await asyncio.wait_for(self._prepare(name, known, release), PREPARE_SECONDS)
             except (TimeoutError, AdapterdError) as error:
                 # Its versions cannot be had yet, so the one before goes on serving, and the next poll tries again.
                 reason = getattr(error, "message", "it is still being loaded")
-                log.warning("a release waits for its versions", adapter=name, release=release.number, error=reason)
+                log.warning("a release waits for its versions", adapter=name, release=last, error=reason)
                 release = known
             except Exception:
-                log.exception(
-                    "a release cannot be served, the one before goes on", adapter=name, release=release.number
-                )
+                log.exception("a release cannot be served, the one before goes on", adapter=name, release=last)
                 release = known
-        self.note(name, release, started)
+        self.note(name, release, started, last=last)
         return self._views[name].release
 
     async def _unknown(self, name: str) -> UnknownAdapter:

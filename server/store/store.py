@@ -3,6 +3,7 @@
     <name>/versions/<sha256 of the content>/{manifest.json, adapter.safetensors}    immutable
     <name>/releases/<000001>.json                                                   append-only
     _pins/<name>                                                                    names to keep in memory
+    _announced/<name>@<number>                                                      see Announcements
 
 The highest release serves. A release is created with the store's create-only put, of which exactly one writer of a
 number succeeds; so there is no lock, no torn write and no lost update, and the log is the audit trail.
@@ -27,6 +28,7 @@ from server.errors import (
     UnknownVersion,
 )
 from server.logs import get_logger
+from server.store.announcements import Announcements
 from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest
 from server.store.names import NAME, check_name, check_version
 from server.store.objects import Buffer, Objects, Observe
@@ -79,6 +81,7 @@ class AdapterStore:
     def __init__(self, objects: Objects) -> None:
         """All keys are below the prefix of `objects`."""
         self._objects = objects
+        self.announcements = Announcements(objects)
 
     @classmethod
     def open(
@@ -271,6 +274,7 @@ class AdapterStore:
             restores=restores,
             id=uuid4().hex,
         )
+        await self.announcements.add(name, release.number)
         if not await self._objects.create(_release_key(name, release.number), release.file()):
             raise Conflict(f"release {release.number} of adapter {name!r} was made by somebody else just now")
         try:
@@ -283,6 +287,8 @@ class AdapterStore:
             raise
         except StoreUnavailable:
             log.warning("a release could not be looked at again", adapter=name, release=release.number)
+        with suppress(StoreUnavailable):  # it is made, whatever becomes of old announcements
+            await self.announcements.sweep()
         return release
 
     async def _check_versions(self, name: str, plan: Plan, *, patience: float = 0.0) -> None:
