@@ -21,8 +21,10 @@ def use(number: int) -> None:
     """The calling thread computes on so many, and so do those that compute for the first time after it; it changes
     nothing for others."""
     count()
-    torch.set_num_threads(number)
-    torch.get_num_threads()  # from here on the thread keeps to its own number, else it would take the next that is set
+    # Asked, a thread keeps to its own number from there on, else it would take the next that is set.
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
+        torch.get_num_threads()
 
 
 def use_one() -> None:

@@ -22,6 +22,14 @@ LARGEST_TOGETHER = 1024 * 1024
 Work = tuple[Callable[[], Any], asyncio.Future[Any]]
 
 
+def outcome(function: Callable[[], T]) -> tuple[T, None] | tuple[None, BaseException]:
+    """What a function returns, or what it raises."""
+    try:
+        return function(), None
+    except BaseException as error:  # whatever it is, it is its caller's alone
+        return None, error
+
+
 class Together:
     """The threads of an executor, as event loops use them."""
 
@@ -56,19 +64,12 @@ class Together:
             handed.add_done_callback(partial(_end, loop, work))
 
 
-def _outcome(function: Callable[[], Any]) -> tuple[Any, BaseException | None]:
-    try:
-        return function(), None
-    except BaseException as error:  # whatever it is, it is its caller's alone
-        return None, error
-
-
 def _work(loop: asyncio.AbstractEventLoop, work: deque[Work]) -> None:
     done = []
     while work:
         function, future = work.popleft()
         if not future.cancelled():
-            done.append((future, *_outcome(function)))
+            done.append((future, *outcome(function)))
     with suppress(RuntimeError):  # the loop has been closed: nobody waits any more
         loop.call_soon_threadsafe(_settle, done)
 

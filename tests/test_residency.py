@@ -10,7 +10,7 @@ import pytest
 from server.adapters.base import AdapterWeights
 from server.engine.loading import Checked
 from server.engine.memory import Memory
-from server.engine.residency import Residency
+from server.engine.residency import AT_ONCE, Residency
 from server.errors import AdapterdError, CorruptVersion, MemoryFull, OverBudget, StoreUnavailable, UnservableAdapter
 from server.metrics import Metrics
 from server.store.store import OpenedVersion
@@ -18,6 +18,7 @@ from server.tasks.adapter import TaskAdapter
 
 NBYTES = 100
 FILE_BYTES = 150
+READING_BYTES = 2 * AT_ONCE * FILE_BYTES
 
 
 def adapter(nbytes: int = NBYTES) -> TaskAdapter:
@@ -26,6 +27,9 @@ def adapter(nbytes: int = NBYTES) -> TaskAdapter:
 
 class Source:
     """Stands for the loader: counts its steps, and fails or waits where it is told to."""
+
+    in_one_go = False
+    """Whether what is small needs not be opened before it is read."""
 
     def __init__(self) -> None:
         self.opened: Counter[str] = Counter()
@@ -50,12 +54,22 @@ class Source:
         checked = await self.check(name, opened)
         return checked, await self.place(checked)
 
+    async def bring_small(self, name: str, version: str, at_most: int) -> tuple[Checked, TaskAdapter] | None:
+        if not self.in_one_go or at_most < FILE_BYTES:
+            return None
+        return await self.bring(name, await self.open(name, version))
+
     async def place(self, checked: Checked) -> TaskAdapter:
         self.placed[id(checked)] += 1
         return adapter()
 
     async def prove(self, *_: object) -> None:
         await asyncio.sleep(0)
+
+
+@pytest.fixture(params=[False, True], ids=["opened first", "in one go"], autouse=True)
+def _either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Source, "in_one_go", request.param)
 
 
 class Clock:
@@ -79,7 +93,7 @@ class Setting:
             self.source,
             device=self.device,
             host=self.host,
-            reading=Memory[None]("reading", 10 * FILE_BYTES, **wait),
+            reading=Memory[None]("reading", READING_BYTES, **wait),
             metrics=self.metrics,
             clock=self.clock,
         )

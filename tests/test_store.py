@@ -660,6 +660,7 @@ def test_a_bad_name_reaches_no_store(name: str, files: Sync, folder: Path) -> No
         lambda: files.put_version(name, artifact()),
         lambda: files.open_version(name, MISSING),
         lambda: files.get_version(name, MISSING),
+        lambda: files.load_small(name, MISSING, 1, str),
         lambda: files.has_version(name, MISSING),
         lambda: files.manifest(name, MISSING),
         lambda: files.remove_version(name, MISSING, never),
@@ -702,6 +703,7 @@ def test_a_bad_version_reaches_no_store(version: str, files: Sync, folder: Path)
         lambda: check_version(version),
         lambda: files.open_version("a", version),
         lambda: files.get_version("a", version),
+        lambda: files.load_small("a", version, 1, str),
         lambda: files.has_version("a", version),
         lambda: files.manifest("a", version),
         lambda: files.remove_version("a", version, never),
@@ -1618,6 +1620,7 @@ FOLDER_READS: dict[str, Callable[[Objects], Awaitable[object]]] = {
     "get": lambda objects: objects.get("folder/there"),
     "choose": lambda objects: objects.choose("folder", min),
     "get_and_open": lambda objects: objects.get_and_open("folder/there", "folder/there"),
+    "make_of_both": lambda objects: objects.make_of_both("folder/there", "folder/there", 10, lambda *both: both),
 }
 
 
@@ -1654,6 +1657,46 @@ def test_the_object_that_is_chosen(store: Sync) -> None:
             await objects.choose("folder", lambda names: "gone")
 
     asyncio.run(calls())
+
+
+def test_a_small_version_of_a_folder_is_loaded_in_one_go(stored: Path, files: Sync) -> None:
+    size = (stored / "adapter.safetensors").stat().st_size
+
+    def load(version: str = stored.name, at_most: int = size) -> tuple[str, str] | None:
+        return files.load_small("a", version, at_most, lambda found: (found.version, threading.current_thread().name))
+
+    loaded = load()
+    assert loaded is not None
+    assert loaded[0] == stored.name
+    assert loaded[1].startswith("adapterd-store")
+    assert load(at_most=size - 1) is None
+    assert load(MISSING) is None
+    (stored / "adapter.safetensors").write_bytes(b"spam")
+    with pytest.raises(CorruptVersion, match=stored.name):
+        load()
+    for file in ("adapter.safetensors", "manifest.json"):
+        (stored / file).unlink()
+        assert load() is None
+
+
+def test_elsewhere_a_version_is_opened_first() -> None:
+    store = Sync(AdapterStore.open("memory://"))
+    version = store.put_version("a", artifact())
+    assert store.load_small("a", version, 1 << 20, str) is None
+
+
+def test_what_fails_in_the_work_with_a_version_is_no_failure_of_the_store(folder: Path) -> None:
+    calls: list[StoreCall] = []
+    store = Sync(AdapterStore.open(str(folder), observe=calls.append))
+    version = store.put_version("a", artifact())
+    calls.clear()
+
+    def work(_: Artifact) -> None:
+        raise OSError("not the store's")
+
+    with pytest.raises(OSError, match="not the store's"):
+        store.load_small("a", version, 1 << 20, work)
+    assert [(call.outcome, call.attempts) for call in calls] == [("success", 1)]
 
 
 @pytest.mark.parametrize("nbytes", [0, 1, PORTION_BYTES - 1, PORTION_BYTES, PORTION_BYTES + 1, 3 * PORTION_BYTES + 7])

@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from torch import Tensor
 
+from server import processors
 from server.backbone.backbone import Backbone
 from server.core import BackboneSpec
 from server.engine.proof import Prover
@@ -113,15 +114,20 @@ class Loader:
             return await self._threads.call(lambda: self._checker.check(verify()), opened.size)
 
     async def bring(self, name: str, opened: OpenedVersion) -> tuple[Checked, TaskAdapter]:
-        """Both steps at once, where the host's memory is the device's: handing over to a thread costs time as well."""
+        """The version in the host's memory, and placed, where that is the device's."""
         verify = await opened.read()
-
-        def work() -> tuple[Checked, TaskAdapter]:
-            checked = self._checker.check(verify())
-            return checked, self._checker.bind(checked)
-
         with _servable(name):
-            return await self._threads.call(work, opened.size)
+            return await self._threads.call(lambda: self._made(verify()), opened.size)
+
+    async def bring_small(self, name: str, version: str, at_most: int) -> tuple[Checked, TaskAdapter] | None:
+        """The same from the beginning, in one go; None where it has to be opened first, see AdapterStore.load_small."""
+        with _servable(name):
+            return await self._store.load_small(name, version, at_most, self._made)
+
+    def _made(self, artifact: Artifact) -> tuple[Checked, TaskAdapter]:
+        processors.use_one()  # the thread may be the store's
+        checked = self._checker.check(artifact)
+        return checked, self._checker.bind(checked)
 
     async def place(self, checked: Checked) -> TaskAdapter:
         """The adapter on the device."""

@@ -23,12 +23,20 @@ from server.errors import (
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.tasks.adapter import TaskAdapter
+from server.together import LARGEST_TOGETHER
 from server.tracing import OFF, Tracing, about
 
 log = get_logger("adapterd.residency")
 
 REMEMBERED = (StoreUnavailable, CorruptVersion, UnknownVersion, UnservableAdapter, OverBudget)
 """Failures of a version that the next request would only meet again."""
+
+
+SMALL_BYTES = LARGEST_TOGETHER
+"""A version of at most so many bytes may be read before its size is known: as much is claimed for each meanwhile."""
+
+AT_ONCE = 8
+"""Such claims for which there has to be room at the same time."""
 
 
 class Residency:
@@ -177,22 +185,30 @@ class Residency:
         return adapter
 
     async def _bring(self, name: str, version: str) -> TaskAdapter:
-        checked = self._host.get(version) if self._host is not None else None
-        if checked is not None:
-            return await self._place(name, version, checked)
-        opened = await self._loader.open(name, version)
-        # Until its bytes are here it takes nobody's place: they may be long in coming, or never come.
         if self._host is None:
-            both = 2 * opened.size  # the file, and what it becomes
-            async with self._reading.claim(min(both, self._reading.max_bytes)):
-                checked, adapter = await self._loader.bring(name, opened)
-                return await self._settle(name, version, checked, adapter)
-        async with self._reading.claim(min(opened.size, self._reading.max_bytes)):
-            checked = await self._loader.check(name, opened)
-            if checked.nbytes <= self._host.max_bytes:  # else only the device is large enough
-                async with self._host.claim(checked.nbytes) as claim:
-                    await claim.settle(version, checked, checked.nbytes)
+            return await self._bring_at_once(name, version)
+        checked = self._host.get(version)
+        if checked is None:
+            opened = await self._loader.open(name, version)
+            # Until its bytes are here it takes nobody's place: they may be long in coming, or never come.
+            async with self._reading.claim(min(opened.size, self._reading.max_bytes)):
+                checked = await self._loader.check(name, opened)
+                if checked.nbytes <= self._host.max_bytes:  # else only the device is large enough
+                    async with self._host.claim(checked.nbytes) as claim:
+                        await claim.settle(version, checked, checked.nbytes)
         return await self._place(name, version, checked)
+
+    async def _bring_at_once(self, name: str, version: str) -> TaskAdapter:
+        """Where the host's memory is the device's. What is on its way takes twice its size: the file, and what it
+        becomes."""
+        at_most = min(SMALL_BYTES, self._reading.max_bytes // (2 * AT_ONCE))
+        async with self._reading.claim(2 * at_most):
+            made = await self._loader.bring_small(name, version, at_most)
+            if made is not None:
+                return await self._settle(name, version, *made)
+        opened = await self._loader.open(name, version)
+        async with self._reading.claim(min(2 * opened.size, self._reading.max_bytes)):
+            return await self._settle(name, version, *await self._loader.bring(name, opened))
 
     async def _settle(self, name: str, version: str, checked: Checked, adapter: TaskAdapter) -> TaskAdapter:
         async with self._device.claim(adapter.nbytes) as claim:

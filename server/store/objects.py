@@ -32,7 +32,7 @@ from server.blocks import BLOCKS
 from server.core import StoreCall
 from server.errors import InvalidRequest, StoreUnavailable
 from server.logs import get_logger
-from server.together import Together
+from server.together import Together, outcome
 
 log = get_logger("adapterd.store")
 
@@ -55,7 +55,7 @@ PORTION_BYTES = 64 * 1024
 """Of a file whose size is not known: a manifest, a release."""
 
 FOLDER_THREADS = 8
-"""They read a folder's files, and wait where the folder hangs."""
+"""They read a folder's files, and wait where the folder hangs; what is made of small ones, they make."""
 
 S3_ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 """Where AWS's own tools look for one."""
@@ -254,13 +254,35 @@ class Objects:
                 await self._check_root()
             return data, None if size is None else Opened(size, lambda: self._read_file(other, size))
         outcomes = await asyncio.gather(self.get(key), self.open_object(other), return_exceptions=True)
-        for outcome in outcomes:
-            if isinstance(outcome, BaseException) and not isinstance(outcome, FileNotFoundError):
-                raise outcome
+        for one in outcomes:
+            if isinstance(one, BaseException) and not isinstance(one, FileNotFoundError):
+                raise one
         first, second = outcomes
         return None if isinstance(first, BaseException) else first, None if isinstance(
             second, BaseException
         ) else second
+
+    async def make_of_both(self, key: str, other: str, at_most: int, make: Callable[[bytes, Buffer], T]) -> T | None:
+        """What `make` computes from two objects, on the thread that has read them.
+
+        None where that is not to be had in one go: where this is no folder, one of them is not there, or the other one
+        has more than `at_most` bytes. Raises what `make` does.
+        """
+        folder = self._folder_files
+        if folder is None:
+            return None
+
+        def read() -> tuple[T | None, BaseException | None]:
+            data, size = folder.read_and_measure(key, other)
+            if data is None or size is None or size > at_most:
+                return None, None
+            block = folder.read_block(other, size)
+            return outcome(lambda: make(data, block))  # an error of which is none of the store
+
+        made, error = await self._find("get", key, lambda: folder.call(read), at_most)
+        if error is not None:
+            raise error
+        return made
 
     async def _read_file(self, key: str, size: int) -> Buffer:
         folder = self._folder_files

@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 from uuid import uuid4
 
 from server.blocks import BLOCKS
@@ -36,6 +37,8 @@ from server.store.releases import DELETED, Plan, Release
 from server.store.report import Report
 
 log = get_logger("adapterd.store")
+
+T = TypeVar("T")
 
 _RELEASE_FILE = re.compile(r"([0-9]{6}|[1-9][0-9]{6,})\.json")
 _VERSION_FILE = re.compile(rf"([0-9a-f]{{64}})/({re.escape(MANIFEST)}|{re.escape(TENSORS)})")
@@ -133,6 +136,21 @@ class AdapterStore:
                 raise _unknown(name, version) from error
 
         return OpenedVersion(version, manifest, tensors.size, read_tensors)
+
+    async def load_small(self, name: str, version: str, at_most: int, work: Callable[[Artifact], T]) -> T | None:
+        """What `work` makes of a version: read, proven to be what was stored and worked on in one go, beside the event
+        loop. Handing over to a thread and back costs as much as that, and open_version and what follows do it thrice.
+
+        None where it cannot be had so: where the store is no folder, the version is not there or not whole, or its
+        tensors take more than `at_most` bytes; open_version tells which. Raises CorruptVersion, and what `work` does.
+        """
+        key = _version_key(name, version)
+        return await self._objects.make_of_both(
+            f"{key}/{MANIFEST}",
+            f"{key}/{TENSORS}",
+            at_most,
+            lambda manifest, tensors: work(Artifact.verify(version, manifest, _in_block(tensors))),
+        )
 
     async def get_version(self, name: str, version: str) -> Artifact:
         """Reads a version and proves that its bytes are the ones that were stored."""
