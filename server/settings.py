@@ -188,7 +188,7 @@ class Settings(BaseSettings):
     host_memory_bytes: int = Field(
         1024 * 1024 * 1024,
         ge=1,
-        description="Bytes of adapters kept in the host's memory; the least recently used leave first. On a CPU they "
+        description="Bytes of adapters kept in the host's memory; the least used leave first. On a CPU they "
         "run from there; raise it while `adapterd_adapter_loads_total` keeps growing under steady traffic.",
     )
     device_memory_bytes: int = Field(

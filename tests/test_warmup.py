@@ -321,6 +321,16 @@ def test_requests_to_a_ready_server_compile_nothing(bert: Backbone, tmp_path: Pa
             files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
             answer = client.put(f"/admin/adapters/{name}", files=[("files", file) for file in files.items()])
             assert answer.status_code == 201, answer.text
+        many = [f"two-{index}" for index in range(16)]
+        blueprint = make_blueprint(bert.spec, "lora", {"r": 8})
+        for index, name in enumerate(many):
+            artifact = make_artifact(blueprint, random_tensors(blueprint, index, bert))
+            files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
+            answer = client.put(f"/admin/adapters/{name}", files=[("files", file) for file in files.items()])
+            assert answer.status_code == 201, answer.text
+        for count in (8, 9, 12, 13, 16):  # joined into one product each, of several widths
+            answer = client.post("/classify", json={"adapters": many[:count], "inputs": "w1 " * 14})
+            assert answer.status_code == 200, answer.text
         for words in (1, 5, 12, 29, 30, 61, 100, 200):
             text = " ".join(["w1"] * words)
             for path, body in (

@@ -14,10 +14,11 @@ JOINED_COLUMNS = 64
 calls less. On a CPU, for 64 adapters of rank 8, bfloat16 gains up to 64 columns."""
 
 ONE_PRODUCT_COLUMNS = 128
-"""The same where a single product then does, for more rows than ONE_PRODUCT_ROWS: for 16 adapters of rank 8 on 350
-rows, bfloat16 on a CPU takes a third less than for two products of 64 columns."""
+"""The same where a single product then does, for more rows than ONE_PRODUCT_ROWS: in bfloat16 on a CPU, 16 adapters of
+rank 8 on 350 rows take a third less than with two products of 64 columns, 12 on 230 rows half of what they take more
+than a single one."""
 
-ONE_PRODUCT_ROWS = 256
+ONE_PRODUCT_ROWS = 128
 """What fewer rows gain does not count, and each further shape of a product takes memory and time to compile."""
 
 FLOAT32_CPU_COLUMNS = 24
@@ -30,6 +31,9 @@ cache, many enough that calls do not count."""
 
 MIN_SIZE = 16
 """Rows and columns of the smallest product that is compiled."""
+
+WIDTH_STEP = 32
+"""Columns from one size to the next between a full group's and those that one product does for."""
 
 
 def columns(like: Tensor) -> int:
@@ -151,18 +155,22 @@ def _add_in_known_shapes(weights: Sequence[LowRank], part: Flow) -> None:
     assert part.whole is not None
     ranks = [own.a.shape[0] for own in weights]
     rows = part.y.shape[0]
-    height, width = rounded_up(rows, steps=1), _width(sum(ranks))
+    height, wide = rounded_up(rows, steps=1), width(sum(ranks))
     first = max(0, min(part.start, part.whole[0].shape[0] - height))
     x, y = (tensor[first : first + height] for tensor in part.whole)
-    unused = width - sum(ranks)
-    low = F.linear(x, _stacked([own.a for own in weights], unused, part))  # [height, width]
+    unused = wide - sum(ranks)
+    low = F.linear(x, _stacked([own.a for own in weights], unused, part))  # [height, wide]
     low.masked_fill_(_foreign(ranks, part, first, x.shape[0], unused), 0)
     y.addmm_(low, _stacked([own.b for own in weights if own.b is not None], unused, part))
 
 
-def _width(columns: int) -> int:
-    """One of few sizes: a single small adapter's, a full group's, and powers of two beyond."""
-    return MIN_SIZE if columns <= MIN_SIZE else max(JOINED_COLUMNS, 1 << (columns - 1).bit_length())
+def width(columns: int) -> int:
+    """One of few sizes: a single small adapter's, a full group's, some where one product does, powers of two beyond."""
+    if columns <= MIN_SIZE:
+        return MIN_SIZE
+    if columns <= ONE_PRODUCT_COLUMNS:
+        return max(JOINED_COLUMNS, -(-columns // WIDTH_STEP) * WIDTH_STEP)
+    return 1 << (columns - 1).bit_length()
 
 
 def _stacked(factors: list[Tensor], unused: int, part: Flow) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from server.adapters import METHODS
-from server.adapters.joined import JOINED_COLUMNS, MIN_SIZE, compiles, rounded_up
+from server.adapters.joined import JOINED_COLUMNS, ONE_PRODUCT_COLUMNS, ONE_PRODUCT_ROWS, compiles, rounded_up, width
 from server.backbone.backbone import Backbone
 from server.core import BackboneSpec, Encoding, Priority, Terms
 from server.engine.pipeline import Job, Pipeline
@@ -46,8 +46,9 @@ STEPS = 8
 RANK = 8
 """Of the LoRAs that are run in each size."""
 
-WIDTHS = (MIN_SIZE, JOINED_COLUMNS)
-"""Columns of the products that LoRAs of small ranks are joined into."""
+WIDTHS = sorted({width(columns) for columns in range(RANK, ONE_PRODUCT_COLUMNS + 1, RANK)})
+"""Columns of the products that such LoRAs are joined into, those beyond JOINED_COLUMNS only for more rows than
+ONE_PRODUCT_ROWS."""
 
 TERMS = Terms(Priority.LOW, strict=True)
 """Requests that come before the server is ready go first."""
@@ -142,8 +143,10 @@ class WarmUp:
             adapter = await self._make("lora", "classification", r=RANK, target_modules="all-linear")
         except InvalidAdapter:
             adapter = await self._make("head_only", "classification")
-        for width in WIDTHS:
-            adapters = [replace(adapter) for _ in range(width // RANK)]
+        for columns in WIDTHS:
+            if columns > JOINED_COLUMNS and tokens <= ONE_PRODUCT_ROWS:
+                break
+            adapters = [replace(adapter) for _ in range(columns // RANK)]
             texts = self._texts(tokens, len(adapters))
             rows = [Row(text, own) for text, own in zip(texts, cycle(adapters), strict=False)]
             await _admitted(partial(self._run_rows, rows))
