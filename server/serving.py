@@ -45,10 +45,11 @@ LAST_REFUSALS_SECONDS = 0.5
 """How long new requests are refused in the end, for those who still come: a 503 can be sent again elsewhere, while who
 meets a connection that is being closed does not know whether the request was run."""
 
-SWITCH_SECONDS = 0.0002
+SWITCH_SECONDS = 0.00005
 """How long a thread may keep Python's lock while others want it, instead of 5 ms. The device's threads need it for
 moments, between the products of a batch, and compute nothing until they have it; the event loop keeps it while it reads
-one request after the other."""
+one request after the other. At five times the peak on two cores, 92 % of it is answered with 0.05 ms, 84 % with 0.2 and
+75 % with 2; each switch costs, so that below the peak 0.2 ms is quicker by some 3 %."""
 
 ARENAS = 8
 """Of glibc's malloc. It would give eight to each core, and each keeps holes of its own. But the threads that allocate
