@@ -48,8 +48,8 @@ meets a connection that is being closed does not know whether the request was ru
 SWITCH_SECONDS = 0.00005
 """How long a thread may keep Python's lock while others want it, instead of 5 ms. The device's threads need it for
 moments, between the products of a batch, and compute nothing until they have it; the event loop keeps it while it reads
-one request after the other. At five times the peak on two cores, 92 % of it was answered with 0.05 ms, 84 % with 0.2 (in
-the median of slices that took turns), and with 2 a tenth less; below the peak, 0.2 ms was quicker by some 3 %."""
+one request after the other. At five times the peak on two cores, 92 % of it was answered with 0.05 ms, 84 % with 0.2
+(in the median of slices that took turns), and with 2 a tenth less; below the peak, 0.2 ms was quicker by some 3 %."""
 
 ARENAS = 8
 """Of glibc's malloc. It would give eight to each core, and each keeps holes of its own. But the threads that allocate
