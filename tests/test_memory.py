@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from server.engine.failures import Failures
-from server.engine.memory import FEW, HALF_LIFE, MOST, Memory
+from server.engine.memory import HALF_LIFE, MAX_LEAD, MAX_STALE, Memory
 from server.errors import MemoryFull, OverBudget, StoreUnavailable
 from server.metrics import Metrics
 
@@ -67,7 +67,7 @@ class MemoryMachine(RuleBasedStateMachine):
         self.retired.discard(key)
 
     def asked(self, value: Asked) -> None:
-        value.weight = min(value.weight + 2**self.now, 2 ** (self.now + MOST))
+        value.weight = min(value.weight + 2**self.now, 2 ** (self.now + MAX_LEAD))
         self.here = [one for one in self.here if one is not value] + [value]
 
     @rule(key=KEYS, nbytes=st.integers(0, 110), claimed=st.integers(0, 110))
@@ -101,7 +101,8 @@ class MemoryMachine(RuleBasedStateMachine):
             expected = MemoryFull
         else:
             before = self.value(key) or next((one for one in self.ghosts if one.key == key), None)
-            self.now += 1 / (HALF_LIFE * max(1, len(self.here)))
+            if any(one.key == key for one in self.ghosts):
+                self.now += 1 / (HALF_LIFE * max(1, len(self.here)))
             self.ghosts = [one for one in self.ghosts if one.key != key]
             self.without(key)
             self.asked(Asked(key, nbytes, before.weight if before else 0.0))
@@ -153,7 +154,7 @@ class MemoryMachine(RuleBasedStateMachine):
         assert list(self.memory._ghosts) == [one.key for one in self.ghosts]
         assert self.memory._value_bytes == self.size() <= self.BUDGET
         assert self.memory._claimed_bytes == 0
-        assert len(self.memory._order) <= 2 * len(self.here) + FEW
+        assert len(self.memory._order) <= 2 * len(self.here) + MAX_STALE
         assert [self.memory.nbytes(one.key) for one in self.here] == [one.size for one in self.here]
         sample = self.metrics.registry.get_sample_value
         assert sample("adapterd_adapter_bytes", {"memory": "host"}) == self.size()
@@ -181,12 +182,9 @@ def loads(values: Memory[str], keys: Iterable[str]) -> int:
 def test_a_crawl_pushes_out_few_of_those_in_demand() -> None:
     values = memory(100)
     wanted = [f"wanted {index}" for index in range(8)]
-    loads(values, wanted * 4)
-    loads(values, (f"crawled {index}" for index in range(40)))
+    loads(values, wanted * 2)
+    loads(values, (f"crawled {index}" for index in range(1000)))
     assert loads(values, wanted) == 0
-    for part in range(100):  # and any number, as long as the others are asked for at times
-        loads(values, (f"crawled {part} {index}" for index in range(25)))
-        assert loads(values, wanted) == 0
 
 
 @pytest.mark.parametrize(("slots", "yesterday", "today"), [(100, 90, 30), (4, 3, 2), (10, 8, 10), (10, 10, 9)])

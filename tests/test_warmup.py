@@ -311,20 +311,11 @@ def test_requests_to_a_ready_server_compile_nothing(bert: Backbone, tmp_path: Pa
         before = compiled(output)
         if not before:
             pytest.skip("oneDNN compiles no products in bfloat16 here")
-        for name, options in (
-            ("one", {"r": 4}),
-            ("two", {"r": 8}),
-            ("three", {"r": 8, "target_modules": "all-linear"}),
-        ):
-            blueprint = make_blueprint(bert.spec, "lora", options)
-            artifact = make_artifact(blueprint, random_tensors(blueprint, 1, bert))
-            files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
-            answer = client.put(f"/admin/adapters/{name}", files=[("files", file) for file in files.items()])
-            assert answer.status_code == 201, answer.text
         many = [f"two-{index}" for index in range(16)]
-        blueprint = make_blueprint(bert.spec, "lora", {"r": 8})
-        for index, name in enumerate(many):
-            artifact = make_artifact(blueprint, random_tensors(blueprint, index, bert))
+        adapters = {"one": {"r": 4}, "two": {"r": 8}, "three": {"r": 8, "target_modules": "all-linear"}}
+        for seed, (name, options) in enumerate((adapters | dict.fromkeys(many, {"r": 8})).items()):
+            blueprint = make_blueprint(bert.spec, "lora", options)
+            artifact = make_artifact(blueprint, random_tensors(blueprint, seed, bert))
             files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
             answer = client.put(f"/admin/adapters/{name}", files=[("files", file) for file in files.items()])
             assert answer.status_code == 201, answer.text

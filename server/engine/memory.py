@@ -2,8 +2,8 @@
 
 Those leave that are used least, lately (LRFU: Lee et al., "LRFU: A Spectrum of Policies that Subsumes the Least
 Recently Used and Least Frequently Used Policies", IEEE Transactions on Computers, 2001): each time that a value is
-asked for counts, and half as much once three times as many as there are have come after it. So a crawl through
-thousands of adapters that nobody else wants pushes out few of those in demand, and where popularity follows Zipf's law
+asked for counts, and counts half once half as many as there are have come back that had left before. So a crawl through
+thousands of adapters that nobody else wants pushes out none of those in demand, and where popularity follows Zipf's law
 there are a fifth fewer loads than by recency alone. What has left is remembered for a while with its count (as the
 ghosts of ARC: Megiddo and Modha, FAST 2003), and no count is above that of the last few times. Else what is in demand
 today would push itself out until what was yesterday is forgotten.
@@ -24,12 +24,12 @@ from server.metrics import Metrics
 
 V = TypeVar("V")
 
-HALF_LIFE = 3
-"""Values that come, for each that is here, until a request counts half. By Zipf's law over ten times as many values as
-fit, 74 % of the requests find theirs here with 3, 73 % with 1.5 and 75 % with 6; 67 % by recency alone, and 76 % at
-best, if popularity were known. The longer it is, the longer what was popular stays once it no longer is."""
+HALF_LIFE = 0.5
+"""Values that come back, for each that is here, until a request counts half. By Zipf's law over ten times as many
+values as fit, 74 % of the requests find theirs here with 0.5, 73 % with 0.3 and 75 % with 1; 67 % by recency alone, and
+76 % at best, if popularity were known. The longer it is, the longer what was popular stays once it no longer is."""
 
-MOST = 2
+MAX_LEAD = 2
 """In half-lives, what a value may be above one that is asked for now for the first time: by then, it is like that. To
 Zipf's law it makes no difference; what was asked for a million times would stay for twenty."""
 
@@ -47,8 +47,8 @@ class Claim(Generic[V]):
         await self._memory.settle(self, key, value, nbytes)
 
 
-FEW = 64
-"""Entries of what is gone that never matter."""
+MAX_STALE = 64
+"""Entries of what is gone that the heap may hold, beyond as many as there are values."""
 
 
 @dataclass(slots=True, eq=False)
@@ -175,12 +175,13 @@ class Memory(Generic[V]):
         """Puts the value where its claim was, and what was there under this key."""
         await self._make_room(nbytes, claim.nbytes, replaced=key)
         before = self._slots.get(key)
-        self._now += 1 / (HALF_LIFE * max(1, len(self)))
+        if key in self._ghosts:  # what comes for the first time, as in a crawl, makes nobody older
+            self._now += 1 / (HALF_LIFE * max(1, len(self)))
         rank = self._asked(self._ghosts.pop(key, None) if before is None else before.rank[0])
         self._drop(key)
         self._slots[key] = slot = _Slot(value, nbytes, rank, next(self._serials))
         heappush(self._order, (rank, slot.serial, key))
-        if len(self._order) > 2 * len(self) + FEW:  # of most, the slots are gone
+        if len(self._order) > 2 * len(self) + MAX_STALE:  # of most, the slots are gone
             self._order = [(slot.rank, slot.serial, key) for key, slot in self._slots.items()]
             heapify(self._order)
         self._value_bytes += nbytes
@@ -262,7 +263,7 @@ class Memory(Generic[V]):
         if score is None:
             return now, next(self._serials)
         sum_of_both = max(score, now) + log2(1 + 2 ** -abs(score - now))
-        return min(sum_of_both, now + MOST), next(self._serials)
+        return min(sum_of_both, now + MAX_LEAD), next(self._serials)
 
     def _drop(self, key: str) -> None:
         slot = self._slots.pop(key, None)
