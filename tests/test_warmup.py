@@ -313,7 +313,7 @@ def test_requests_to_a_ready_server_compile_nothing(bert: Backbone, tmp_path: Pa
             pytest.skip("oneDNN compiles no products in bfloat16 here")
         many = [f"two-{index}" for index in range(16)]
         adapters = {"one": {"r": 4}, "two": {"r": 8}, "three": {"r": 8, "target_modules": "all-linear"}}
-        for seed, (name, options) in enumerate((adapters | dict.fromkeys(many, {"r": 8})).items()):
+        for seed, (name, options) in enumerate((adapters | {key: {"r": 8} for key in many}).items()):
             blueprint = make_blueprint(bert.spec, "lora", options)
             artifact = make_artifact(blueprint, random_tensors(blueprint, seed, bert))
             files = {"manifest.json": artifact.manifest_bytes, "adapter.safetensors": artifact.tensor_bytes}
