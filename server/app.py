@@ -98,7 +98,9 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.asks_for_keys = gate.closed
-    for router in (tasks.router, admin.router, debugging.router, health.probes, health.router, *compat.ROUTERS):
+    # FastAPI asks an included router twice for each request; the first routes that it looks at are its own.
+    app.router.routes.extend(tasks.router.routes)
+    for router in (admin.router, debugging.router, health.probes, health.router, *compat.ROUTERS):
         app.include_router(router)
     errors.install(app, compat.SHAPES)
     app.add_middleware(LimitBody, limit=partial(_body_limit, settings))

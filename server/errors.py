@@ -152,6 +152,8 @@ class Overloaded(AdapterdError):
     type = "overloaded_error"
     code = "overloaded"
     retry_after = 1
+    wait_seconds = 0.0
+    """How long what waits before it takes, as far as is known."""
 
 
 class ClientGone(AdapterdError):

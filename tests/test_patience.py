@@ -4,7 +4,9 @@ full, is told to end, or has lost its device's thread.
 
 import asyncio
 import json
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -19,7 +21,7 @@ from test_http import Held, own_files, put, refused
 
 from server.app import create_app
 from server.backbone.backbone import Backbone
-from server.core import Priority
+from server.core import Priority, TextInput
 from server.engine.engine import Engine
 from server.engine.runner import Row
 from server.errors import NotFiniteOutput
@@ -238,6 +240,34 @@ def test_a_request_is_refused_for_what_its_words_come_to(
     monkeypatch.undo()
     held.gate.set()
     assert {first.result().status_code, second.result().status_code} == {200}
+
+
+def test_nothing_is_tokenized_for_room_that_another_request_is_about_to_take(
+    client: TestClient, held: Held, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = busy(client, held, pool)
+    waiting = pool.submit(ask, client, adapter="two", inputs="w1 " * 150)
+    held.wait_for(lambda: held.waiting == 1)
+    pipeline = engine_of(client)._pipeline
+    encode, tokenized = pipeline._encode, Counter[int]()
+    entered, leave = threading.Event(), threading.Event()
+
+    async def slow(inputs: Sequence[TextInput], *args: Any, **options: Any) -> Any:
+        tokenized[len(inputs)] += 1
+        entered.set()
+        await asyncio.to_thread(leave.wait)
+        return await encode(inputs, *args, **options)
+
+    monkeypatch.setattr(pipeline, "_encode", slow)
+    third = pool.submit(ask, client, inputs=["w1 " * 40] * 4)
+    assert entered.wait(10)
+    refused(ask(client, inputs=["w1 " * 40] * 3), 429, code="overloaded")
+    leave.set()
+    held.wait_for(lambda: held.waiting == 5)
+    assert tokenized == {4: 1}
+    held.gate.set()
+    assert [request.result().status_code for request in (first, waiting, third)] == [200] * 3
+    assert ask(client, inputs=["w1 " * 40] * 3).status_code == 200  # nothing is expected any more
 
 
 def test_a_client_that_is_refused_at_once_is_not_watched(

@@ -522,6 +522,24 @@ def test_an_empty_queue_takes_anything() -> None:
         admit(queue, *pieces(1))
 
 
+def test_who_asks_is_told_of_what_is_expected_and_who_comes_is_not() -> None:
+    queue = scheduler(queue=100)
+    queue.ran(100, 1.0)
+    queue.expect(60, NORMAL)
+    queue.check("b", 40, Terms())
+    queue.check("b", 100, Terms(HIGH))  # what is less urgent is not before it
+    with pytest.raises(Overloaded, match="60 tokens are waiting") as refused:
+        queue.check("b", 41, Terms())
+    assert refused.value.wait_seconds == pytest.approx(60 / queue.throughput)
+    with pytest.raises(Overloaded):
+        queue.check("b", 41, Terms(LOW))
+    admit(queue, *pieces(60))  # those that were expected: others that were later are not in their way
+    queue.expect(-60, NORMAL)
+    queue.check("b", 40, Terms())
+    with pytest.raises(Overloaded):
+        queue.check("b", 41, Terms())
+
+
 def test_one_adapter_leaves_room_for_others() -> None:
     queue = scheduler(queue=1000)
     for _ in range(750):

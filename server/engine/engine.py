@@ -26,6 +26,7 @@ from server.core import (
     Terms,
 )
 from server.engine.access import EVERYTHING, Access
+from server.engine.bursts import NAP_SECONDS, Bursts
 from server.engine.catalog import Catalog
 from server.engine.loading import Checked, Checker, Loader
 from server.engine.memory import Memory
@@ -214,6 +215,7 @@ class Engine:
             max_upload_bytes=settings.max_upload_bytes,
             max_batch_tokens=settings.max_batch_tokens,
         )
+        self._bursts = Bursts(NAP_SECONDS if backbone.device.type == "cpu" else 0.0)
         self._warm_up = WarmUp(
             backbone,
             self._pipeline,
@@ -345,6 +347,7 @@ class Engine:
         for task in self._following:
             task.cancel()
         self._shadows.stop()
+        self._bursts.stop()
         self._worker.stop()
         for pool in (self._loader_pool, self._upload_pool, self._tokenizer_pool):
             pool.shutdown(wait=False, cancel_futures=True)
@@ -376,6 +379,8 @@ class Engine:
             return await self._timed(request)
         except (Overloaded, AdapterQuarantined, ShuttingDown, DeviceStopped) as error:
             self._metrics.rejected.labels(error.error_code).inc()
+            if isinstance(error, Overloaded):
+                self._bursts.refused(error.wait_seconds)
             raise
         except DeadlineExceeded:
             self._metrics.expired.inc()

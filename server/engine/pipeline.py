@@ -96,8 +96,10 @@ class Pipeline:
         """Raises what `Worker.check` does for these inputs through adapters of these names, before anything has been
         done for them: their adapters need not be here, and nothing is tokenized. How many tokens that will come to is
         told by `at_least`, so that nearly all that will be refused is refused here."""
-        longest = None if cut.long else self._tokenizer.max_tokens
-        self._worker.check(refs, len(refs) * at_least(inputs, self._special, longest), terms)
+        self._worker.check(refs, len(refs) * self._at_least(inputs, cut), terms)
+
+    def _at_least(self, inputs: Sequence[TextInput], cut: Cut) -> int:
+        return at_least(inputs, self._special, None if cut.long else self._tokenizer.max_tokens)
 
     async def answer(
         self,
@@ -119,11 +121,12 @@ class Pipeline:
                 _check(job, inputs, cut)
         shared: dict[tuple[int, bool, bool], list[list[Encoding]]] = {}  # adapters that read alike share encodings
         encoded = []
-        for job in jobs:
-            framing = (job.adapter.weights.framing.positions, _windowed(job, cut), job.adapter.task.aligned)
-            if framing not in shared:
-                shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate, max_tokens=max_tokens)
-            encoded.append(shared[framing])
+        with self._worker.expecting(len(jobs) * self._at_least(inputs, cut), terms):
+            for job in jobs:
+                framing = (job.adapter.weights.framing.positions, _windowed(job, cut), job.adapter.task.aligned)
+                if framing not in shared:
+                    shared[framing] = await self._encode(inputs, *framing, truncate=cut.truncate, max_tokens=max_tokens)
+                encoded.append(shared[framing])
         sizes = [sum(len(one) for own in windows for one in own) for windows in encoded]
         tokens = sum(sizes)
         if max_tokens is not None and tokens > max_tokens:

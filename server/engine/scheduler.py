@@ -28,7 +28,7 @@ Knows tokens and order, nothing of tensors, adapters or threads; the engine hold
 import heapq
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -53,7 +53,7 @@ AGED_SHARE = 0.25
 ROOM_SHARE = 3
 """How many times the room that is left one adapter may queue. Alone, it fills three quarters of the queue."""
 
-WAIT_HEADROOM = 2.5
+WAIT_HEADROOM = 3
 """How many times the estimated wait has to fit into what is left until a deadline. The estimate knows what waits now; a
 request that comes later for an adapter with a shorter queue runs before. And a queue that is no longer than it has to
 be is gone the sooner once the crowd has left."""
@@ -311,6 +311,8 @@ class Scheduler(Generic[WorkT]):
         """The number of the last unit there was when work was dealt out to idle streams."""
         self._deadlines: list[tuple[float, int, Priority]] = []
         """A heap of deadlines, numbers and priorities of units; not of the units, which may be done long before."""
+        self._expected = dict.fromkeys(Priority, 0)
+        """Tokens of requests that passed `check` and are made ready to be admitted, by priority."""
         self._shrunk_until = 0.0
         self._measured: tuple[float, float] | None = None  # smoothed tokens and seconds of a batch
 
@@ -342,11 +344,20 @@ class Scheduler(Generic[WorkT]):
         return self._measured[0] / self._measured[1] if self._measured else None
 
     def check(self, adapter: str, tokens: int, terms: Terms) -> None:
-        """Raises Overloaded where a request of so many tokens would be refused now.
+        """Raises Overloaded where a request of so many tokens would be refused now, or once those that are expected
+        wait as well."""
+        self._check(adapter, tokens, terms, self._ahead(terms.priority) + _down_to(terms.priority, self._expected))
+
+    def expect(self, tokens: int, priority: Priority) -> None:
+        """So many tokens more, or fewer, are about to be admitted: who asks meanwhile is told of them as well, and not
+        made ready for nothing."""
+        self._expected[priority] += tokens
+
+    def _check(self, adapter: str, tokens: int, terms: Terms, ahead: int) -> None:
+        """Raises Overloaded where so many tokens are ahead that a request is refused.
 
         An empty queue takes anything, so that a request larger than the queue can be served at all.
         """
-        ahead = self._ahead(terms.priority)
         if not ahead:
             return
         own = self._rounds[terms.priority].queued(adapter)
@@ -367,8 +378,10 @@ class Scheduler(Generic[WorkT]):
         self._check_deadline(adapter, tokens, terms, ahead)
 
     def admit(self, groups: Sequence[Sequence[WorkT]], terms: Terms) -> list[Unit[WorkT]]:
-        """Queues the units of one request, all or none; each is given as its pieces. Raises Overloaded, see `check`."""
-        self.check(groups[0][0].adapter, sum(piece.tokens for group in groups for piece in group), terms)
+        """Queues the units of one request, all or none; each is given as its pieces. Raises Overloaded for what waits
+        now; what is expected comes after it."""
+        tokens = sum(piece.tokens for group in groups for piece in group)
+        self._check(groups[0][0].adapter, tokens, terms, self._ahead(terms.priority))
         now = self._clock()
         units = []
         for group in groups:
@@ -497,12 +510,7 @@ class Scheduler(Generic[WorkT]):
 
     def _ahead(self, priority: Priority) -> int:
         """Tokens that wait of a priority and of those above it."""
-        total = 0
-        for one, line in self._rounds.items():
-            total += line.tokens
-            if one is priority:
-                break
-        return total
+        return _down_to(priority, self.tokens)
 
     def _check_deadline(self, adapter: str, tokens: int, terms: Terms, ahead: int) -> None:
         if terms.deadline is None:
@@ -523,7 +531,8 @@ class Scheduler(Generic[WorkT]):
 
     def _overloaded(self, message: str, ahead: int, code: str | None = None) -> Overloaded:
         error = Overloaded(message, code=code)
-        error.retry_after = max(1, math.ceil(self._seconds(ahead)))
+        error.wait_seconds = self._seconds(ahead)
+        error.retry_after = max(1, math.ceil(error.wait_seconds))
         return error
 
     def _seconds(self, tokens: float) -> float:
@@ -564,6 +573,16 @@ class _Filling(Generic[WorkT]):
             sizes = [piece.tokens for piece in pieces]
             self.sizes += sizes
             self.tokens += sum(sizes)
+
+
+def _down_to(priority: Priority, tokens: Mapping[Priority, int]) -> int:
+    """Those of a priority and of the ones above it."""
+    total = 0
+    for one, own in tokens.items():
+        total += own
+        if one is priority:
+            break
+    return total
 
 
 def _fitting(pieces: Sequence[WorkT], budget: int) -> Sequence[WorkT]:

@@ -4,9 +4,9 @@ every future."""
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, groupby
@@ -266,6 +266,17 @@ class Worker:
             first = refs[0] if refs else None
             self._scheduler.check(first.name if first else "", tokens, terms)
         self._quarantine.check(filter(None, refs))
+
+    @contextmanager
+    def expecting(self, tokens: int, terms: Terms) -> Iterator[None]:
+        """Meanwhile a request that may come is made ready to be submitted: `check` counts its tokens."""
+        with self._changed:
+            self._scheduler.expect(tokens, terms.priority)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._scheduler.expect(-tokens, terms.priority)
 
     def load(self) -> Load:
         """What runs and what waits now."""
