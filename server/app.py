@@ -98,7 +98,8 @@ def create_app(
     app.state.settings = settings
     app.state.metrics = metrics
     app.state.asks_for_keys = gate.closed
-    # FastAPI asks an included router twice for each request; the first routes that it looks at are its own.
+    # FastAPI looks for an included router's route twice for each request. These are the application's own: what
+    # FastAPI(...) may be told to do to all routes does not reach them.
     app.router.routes.extend(tasks.router.routes)
     for router in (admin.router, debugging.router, health.probes, health.router, *compat.ROUTERS):
         app.include_router(router)

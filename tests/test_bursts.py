@@ -18,7 +18,12 @@ class Refusing:
     def __init__(self, nap_seconds: float = NAP_SECONDS) -> None:
         self.naps: list[float] = []
         self.worked = 0.0
-        self.bursts = Bursts(nap_seconds, sleep=self.naps.append, clock=lambda: self.worked)
+        self.busy = False
+        self.bursts = Bursts(nap_seconds, sleep=self.naps.append, clock=self.clock)
+
+    def clock(self) -> float:
+        self.worked += 1.1 * BUSY_SECONDS * self.busy
+        return self.worked
 
     def refuse(self, *waits: float) -> None:
         for wait in waits:
@@ -39,7 +44,6 @@ async def for_naps(count: int) -> None:
     [
         ([LONG_WAIT] * FEW, NAP_SECONDS),
         ([LONG_WAIT, 0.1 * NAP_SECONDS / NAP_SHARE], 0.1 * NAP_SECONDS),  # who waits least counts
-        ([LONG_WAIT, 0.0], 0.0),
     ],
 )
 def test_a_nap_is_short_beside_the_wait(waits: list[float], nap: float) -> None:
@@ -49,6 +53,17 @@ def test_a_nap_is_short_beside_the_wait(waits: list[float], nap: float) -> None:
         assert refusing.naps == []  # whoever is being answered is answered first
         await for_naps(1)
         assert refusing.naps == [nap]
+
+    run(scenario())
+
+
+@pytest.mark.parametrize("waits", [[0.0] * FEW, [LONG_WAIT, 0.0]])
+def test_no_nap_where_nothing_is_waited_for(waits: list[float]) -> None:
+    async def scenario() -> None:
+        refusing = Refusing()
+        refusing.refuse(*waits)
+        await for_naps(1)
+        assert refusing.naps == []
 
     run(scenario())
 
@@ -84,17 +99,17 @@ def test_what_has_come_is_handled_first() -> None:
     async def scenario() -> None:
         refusing = Refusing()
         refusing.refuse(*[LONG_WAIT] * FEW)
-        for _ in range(30):
-            refusing.worked += 1.1 * BUSY_SECONDS
-            await asyncio.sleep(AWAKE_SECONDS / 2)
+        refusing.busy = True
+        await for_naps(5)
         assert refusing.naps == []
+        refusing.busy = False
         await for_naps(1)
         assert refusing.naps == [NAP_SECONDS]
 
     run(scenario())
 
 
-def test_where_the_device_is_no_cpu_there_are_no_naps() -> None:
+def test_without_a_longest_nap_there_are_none() -> None:
     async def scenario() -> None:
         refusing = Refusing(nap_seconds=0.0)
         refusing.refuse(*[LONG_WAIT] * 10 * FEW)

@@ -255,7 +255,7 @@ def test_nothing_is_tokenized_for_room_that_another_request_is_about_to_take(
     async def slow(inputs: Sequence[TextInput], *args: Any, **options: Any) -> Any:
         tokenized[len(inputs)] += 1
         entered.set()
-        await asyncio.to_thread(leave.wait)
+        await asyncio.to_thread(leave.wait, 30)
         return await encode(inputs, *args, **options)
 
     monkeypatch.setattr(pipeline, "_encode", slow)
@@ -267,7 +267,44 @@ def test_nothing_is_tokenized_for_room_that_another_request_is_about_to_take(
     assert tokenized == {4: 1}
     held.gate.set()
     assert [request.result().status_code for request in (first, waiting, third)] == [200] * 3
-    assert ask(client, inputs=["w1 " * 40] * 3).status_code == 200  # nothing is expected any more
+    assert not any(pipeline._worker._scheduler._expected.values())
+
+
+def test_what_ends_while_it_is_tokenized_is_not_expected_any_more(
+    client: TestClient, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = engine_of(client)._pipeline
+    expected = pipeline._worker._scheduler._expected
+    seen = []
+
+    async def failing(*args: Any, **options: Any) -> Any:
+        seen.append(sum(expected[Priority.NORMAL].values()))
+        if len(seen) == 1:
+            raise NotFiniteOutput("no")
+        await asyncio.sleep(30)
+
+    monkeypatch.setattr(pipeline, "_encode", failing)
+    held.gate.set()
+    for status, limit in ((500, 60_000), (504, 50)):
+        assert ask(client, inputs=["w1 " * 40] * 4, timeout_ms=limit).status_code == status
+        assert not any(expected.values())
+    assert seen == [4 * 42] * 2
+
+
+def test_refusals_are_told_with_what_they_are_for(
+    client: TestClient, held: Held, pool: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(engine_of(client)._bursts, "refused", waits.append)
+    first = busy(client, held, pool)
+    second = pool.submit(ask, client, adapter="two", inputs=[" ".join(["w1"] * 198)] * 3)
+    held.wait_for(lambda: held.waiting == 3)
+    engine_of(client)._worker._scheduler.ran(100, 1.0)
+    refused(ask(client), 429)
+    [wait] = waits
+    assert wait > 1
+    held.gate.set()
+    assert {first.result().status_code, second.result().status_code} == {200}
 
 
 def test_a_client_that_is_refused_at_once_is_not_watched(

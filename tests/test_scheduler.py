@@ -522,22 +522,45 @@ def test_an_empty_queue_takes_anything() -> None:
         admit(queue, *pieces(1))
 
 
-def test_who_asks_is_told_of_what_is_expected_and_who_comes_is_not() -> None:
+def test_what_is_expected_counts_for_who_asks_and_not_for_who_comes() -> None:
     queue = scheduler(queue=100)
     queue.ran(100, 1.0)
-    queue.expect(60, NORMAL)
+    admit(queue, *pieces(10))
+    queue.expect("c", 50, NORMAL)
     queue.check("b", 40, Terms())
-    queue.check("b", 100, Terms(HIGH))  # what is less urgent is not before it
-    with pytest.raises(Overloaded, match="60 tokens are waiting") as refused:
+    queue.check("b", 90, Terms(HIGH))  # what is less urgent is not before it
+    with pytest.raises(Overloaded, match="60 tokens are waiting or about to") as refused:
         queue.check("b", 41, Terms())
-    assert refused.value.wait_seconds == pytest.approx(60 / queue.throughput)
+    assert refused.value.wait_seconds == pytest.approx(10 / queue.throughput)  # what may never come is not waited for
     with pytest.raises(Overloaded):
         queue.check("b", 41, Terms(LOW))
-    admit(queue, *pieces(60))  # those that were expected: others that were later are not in their way
-    queue.expect(-60, NORMAL)
-    queue.check("b", 40, Terms())
-    with pytest.raises(Overloaded):
-        queue.check("b", 41, Terms())
+    admit(queue, *pieces(90, adapter="b"))
+    queue.expect("c", -50, NORMAL)
+    while waiting(queue):
+        batch(queue)
+    queue.check("b", 1000, Terms())
+
+
+def test_an_empty_queue_takes_anything_whatever_is_expected() -> None:
+    queue = scheduler(queue=100)
+    queue.ran(100, 1.0)
+    queue.expect("a", 10**6, HIGH)
+    queue.check("b", 1000, Terms(deadline=100.0 + 1000))
+    admit(queue, Piece(1))
+    with pytest.raises(Overloaded, match="101 tokens"):
+        queue.check("b", 1, Terms())
+
+
+def test_what_is_expected_of_a_hot_adapter_is_only_waited_for_by_turns() -> None:
+    queue = scheduler(batch=1, queue=10**6)
+    queue.ran(100, 1.0)
+    admit(queue, *pieces(*[1] * 100, adapter="warm"))
+    queue.expect("hot", 5000, NORMAL)
+    terms = Terms(deadline=100.0 + 10)
+    queue.check("quiet", 10, terms)
+    with pytest.raises(Overloaded) as refused:
+        queue.check("hot", 10, terms)
+    assert refused.value.error_code == "deadline_unreachable"
 
 
 def test_one_adapter_leaves_room_for_others() -> None:

@@ -57,6 +57,7 @@ class Bursts:
 
     def stop(self) -> None:
         """No nap to come."""
+        self._nap_seconds = 0.0
         if self._next is not None:
             self._next.cancel()
 
@@ -68,7 +69,7 @@ class Bursts:
             self._nap_in(AWAKE_SECONDS)
             return
         refused, wait, self._refused, self._wait = self._refused, self._wait, 0, math.inf
-        if refused < FEW:
+        if refused < FEW or not wait:
             self._next = None
             return
         self._sleep(min(self._nap_seconds, NAP_SHARE * wait))

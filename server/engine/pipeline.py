@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
@@ -121,7 +121,7 @@ class Pipeline:
                 _check(job, inputs, cut)
         shared: dict[tuple[int, bool, bool], list[list[Encoding]]] = {}  # adapters that read alike share encodings
         encoded = []
-        with self._worker.expecting(len(jobs) * self._at_least(inputs, cut), terms):
+        with self._expecting(jobs, inputs, cut, terms):
             for job in jobs:
                 framing = (job.adapter.weights.framing.positions, _windowed(job, cut), job.adapter.task.aligned)
                 if framing not in shared:
@@ -156,6 +156,13 @@ class Pipeline:
             for job, windows, own, size in zip(jobs, encoded, rows, sizes, strict=True)
         ]
 
+    def _expecting(
+        self, jobs: Sequence[Job], inputs: Sequence[TextInput], cut: Cut, terms: Terms
+    ) -> AbstractContextManager[None]:
+        if _is_short(inputs):  # tokenized at once: nobody can ask meanwhile
+            return nullcontext()
+        return self._worker.expecting(jobs[0].ref, len(jobs) * self._at_least(inputs, cut), terms)
+
     async def outputs(self, texts: Sequence[str], adapter: TaskAdapter) -> list[Tensor]:
         """Raw outputs for some texts, which are cut where they are too long. `texts` are what the task makes of it.
 
@@ -186,7 +193,7 @@ class Pipeline:
 
         texts = {"adapterd.texts": len(inputs)}
         with self._metrics.tokenize_seconds.time(), self._tracing.span("tokenize", texts):
-            if is_short(part for one in inputs for part in (one.text, one.pair) if part is not None):
+            if _is_short(inputs):
                 return encode()
             return await self._compute(encode)
 
@@ -230,6 +237,10 @@ def at_least(inputs: Sequence[TextInput], special: int, longest: int | None) -> 
         own = special + len(text.split())
         tokens += own if longest is None else min(own, longest)
     return tokens
+
+
+def _is_short(inputs: Sequence[TextInput]) -> bool:
+    return is_short(part for one in inputs for part in (one.text, one.pair) if part is not None)
 
 
 def _check(job: Job, inputs: Sequence[TextInput], cut: Cut) -> None:

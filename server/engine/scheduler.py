@@ -15,9 +15,10 @@ While they ask for more than the round gets, further ones join it at its end.
 Priorities are strict: work of a lower one fills what the higher ones leave of a batch. Aging keeps it from starving: a
 priority whose oldest work has waited for too long is served first, with up to a quarter of each batch.
 
-Admission is fair as well. A request is refused for what waits of its own priority and of higher ones, which is what it
-would wait for; and one adapter may queue no more than three times the room that is left (dynamic thresholds: Choudhury
-and Hahne, IEEE/ACM Transactions on Networking, 1998), so that a hot one leaves room for all others.
+Admission is fair as well. A request is refused for what waits, or is about to, of its own priority and of higher ones,
+which is what it would wait for; and one adapter may queue no more than three times the room that is left (dynamic
+thresholds: Choudhury and Hahne, IEEE/ACM Transactions on Networking, 1998), so that a hot one leaves room for all
+others.
 
 A device may run several batches side by side, its streams. While some of them are idle, what waits is dealt out to
 them in smaller batches.
@@ -30,6 +31,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Generic, Protocol, TypeVar
 
 from server.core import Priority, Terms
@@ -79,6 +81,11 @@ GATHERING_SHARE = 0.5
 
 SHRUNK_SECONDS = 30.0
 """How long batches stay small after the device ran out of memory; then their budget doubles, and again."""
+
+
+PLACES = {priority: place for place, priority in enumerate(Priority)}
+
+NOTHING: Mapping[Priority, Mapping[str, int]] = {}
 
 
 class Work(Protocol):
@@ -165,13 +172,18 @@ class _Round(Generic[WorkT]):
         flow = self._flows.get(adapter)
         return flow.tokens if flow else 0
 
-    def before(self, adapter: str, tokens: int) -> float:
+    def before(self, adapter: str, tokens: int, expected: Mapping[str, int]) -> float:
         """Tokens that run before the last of `tokens` more in an adapter's queue does: what the others have, but no
-        more than turns give them meanwhile."""
-        own = self.queued(adapter) + tokens
+        more than turns give them meanwhile. `expected`: what is about to wait as well, by adapter."""
+        own = self.queued(adapter) + expected.get(adapter, 0) + tokens
         turns = own / self._weight(adapter)
-        others = (flow for name, flow in self._flows.items() if name != adapter)
-        return own + sum(min(flow.tokens, turns * flow.weight) for flow in others)
+        others = ((name, flow.tokens, flow.weight) for name, flow in self._flows.items())
+        strangers = ((name, 0, self._weight(name)) for name in expected if name not in self._flows)
+        return own + sum(
+            min(queued + expected.get(name, 0), turns * weight)
+            for name, queued, weight in chain(others, strangers)
+            if name != adapter
+        )
 
     def add(self, unit: Unit[WorkT]) -> None:
         """At the end of its adapter's queue."""
@@ -311,8 +323,8 @@ class Scheduler(Generic[WorkT]):
         """The number of the last unit there was when work was dealt out to idle streams."""
         self._deadlines: list[tuple[float, int, Priority]] = []
         """A heap of deadlines, numbers and priorities of units; not of the units, which may be done long before."""
-        self._expected = dict.fromkeys(Priority, 0)
-        """Tokens of requests that passed `check` and are made ready to be admitted, by priority."""
+        self._expected: dict[Priority, dict[str, int]] = {priority: {} for priority in Priority}
+        """Tokens of requests that are being made ready to be admitted, by priority and adapter."""
         self._shrunk_until = 0.0
         self._measured: tuple[float, float] | None = None  # smoothed tokens and seconds of a batch
 
@@ -344,44 +356,54 @@ class Scheduler(Generic[WorkT]):
         return self._measured[0] / self._measured[1] if self._measured else None
 
     def check(self, adapter: str, tokens: int, terms: Terms) -> None:
-        """Raises Overloaded where a request of so many tokens would be refused now, or once those that are expected
-        wait as well."""
-        self._check(adapter, tokens, terms, self._ahead(terms.priority) + _down_to(terms.priority, self._expected))
+        """Raises Overloaded where a request of so many tokens would be refused now, or, while anything waits, once
+        those that are expected wait as well."""
+        self._check(adapter, tokens, terms, self._expected)
 
-    def expect(self, tokens: int, priority: Priority) -> None:
-        """So many tokens more, or fewer, are about to be admitted: who asks meanwhile is told of them as well, and not
-        made ready for nothing."""
-        self._expected[priority] += tokens
+    def expect(self, adapter: str, tokens: int, priority: Priority) -> None:
+        """So many tokens more, or fewer where below zero, are being made ready to be admitted: who asks meanwhile is
+        told of them as well, and not made ready for nothing."""
+        expected = self._expected[priority]
+        expected[adapter] = expected.get(adapter, 0) + tokens
+        if not expected[adapter]:
+            del expected[adapter]
 
-    def _check(self, adapter: str, tokens: int, terms: Terms, ahead: int) -> None:
-        """Raises Overloaded where so many tokens are ahead that a request is refused.
+    def _check(
+        self, adapter: str, tokens: int, terms: Terms, expected: Mapping[Priority, Mapping[str, int]] = NOTHING
+    ) -> None:
+        """Raises Overloaded where a request is refused for what waits and what is expected.
 
-        An empty queue takes anything, so that a request larger than the queue can be served at all.
+        An empty queue takes anything, so that a request larger than the queue can be served at all, and nobody waits
+        for what may never come.
         """
+        ahead = self._ahead(terms.priority)
         if not ahead:
             return
+        coming = _down_to(terms.priority, {one: sum(own.values()) for one, own in expected.items()})
+        coming = min(coming, self._max_queue_tokens)
         own = self._rounds[terms.priority].queued(adapter)
-        room = self._max_queue_tokens - ahead
+        room = self._max_queue_tokens - ahead - coming
+        wait = "are waiting or about to" if coming else "are waiting"
         if tokens > room:
             raise self._overloaded(
-                f"{ahead} tokens are waiting and this request adds {tokens}; the server queues at most "
+                f"{ahead + coming} tokens {wait} and this request adds {tokens}; the server queues at most "
                 f"{self._max_queue_tokens}",
                 ahead,
             )
         if own + tokens > ROOM_SHARE * room:
             raise self._overloaded(
-                f"{own} tokens are waiting for adapter {adapter!r} and this request adds {tokens}; {ahead} are waiting "
-                f"in all, so one adapter may queue {ROOM_SHARE * room}",
+                f"{own} tokens are waiting for adapter {adapter!r} and this request adds {tokens}; "
+                f"{ahead + coming} {wait} in all, so one adapter may queue {ROOM_SHARE * room}",
                 ahead,
                 "adapter_overloaded",
             )
-        self._check_deadline(adapter, tokens, terms, ahead)
+        self._check_deadline(adapter, tokens, terms, ahead, coming, expected.get(terms.priority, {}))
 
     def admit(self, groups: Sequence[Sequence[WorkT]], terms: Terms) -> list[Unit[WorkT]]:
         """Queues the units of one request, all or none; each is given as its pieces. Raises Overloaded for what waits
         now; what is expected comes after it."""
         tokens = sum(piece.tokens for group in groups for piece in group)
-        self._check(groups[0][0].adapter, tokens, terms, self._ahead(terms.priority))
+        self._check(groups[0][0].adapter, tokens, terms)
         now = self._clock()
         units = []
         for group in groups:
@@ -512,16 +534,18 @@ class Scheduler(Generic[WorkT]):
         """Tokens that wait of a priority and of those above it."""
         return _down_to(priority, self.tokens)
 
-    def _check_deadline(self, adapter: str, tokens: int, terms: Terms, ahead: int) -> None:
+    def _check_deadline(
+        self, adapter: str, tokens: int, terms: Terms, ahead: int, coming: int, expected: Mapping[str, int]
+    ) -> None:
         if terms.deadline is None:
             return
         left = terms.deadline - self._clock()
         # Tokens that run now, which nobody counts, those that run beside the request's own batch, and its own.
         running = RUN_HEADROOM * self._seconds((2 * self._streams - 1) * self.budget + tokens)
-        if WAIT_HEADROOM * self._seconds(ahead) + running <= left:
+        if WAIT_HEADROOM * self._seconds(ahead + coming) + running <= left:
             return
         line = self._rounds[terms.priority]
-        waits = self._seconds(ahead - line.tokens + line.before(adapter, tokens) - tokens)
+        waits = self._seconds(ahead - line.tokens + line.before(adapter, tokens, expected) - tokens)
         if (seconds := WAIT_HEADROOM * waits + running) > left:
             raise self._overloaded(
                 f"the answer may take {seconds:.1f} s, {max(left, 0.0):.1f} s are left until the request's deadline",
@@ -577,12 +601,7 @@ class _Filling(Generic[WorkT]):
 
 def _down_to(priority: Priority, tokens: Mapping[Priority, int]) -> int:
     """Those of a priority and of the ones above it."""
-    total = 0
-    for one, own in tokens.items():
-        total += own
-        if one is priority:
-            break
-    return total
+    return sum(tokens.get(one, 0) for one in Priority if PLACES[one] <= PLACES[priority])
 
 
 def _fitting(pieces: Sequence[WorkT], budget: int) -> Sequence[WorkT]:

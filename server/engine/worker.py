@@ -260,7 +260,8 @@ class Worker:
             thread.join(max(0.0, until - time.monotonic()))
 
     def check(self, refs: Sequence[AdapterRef | None], tokens: int, terms: Terms) -> None:
-        """Raises what `submit` would for so many tokens: before a request costs anything."""
+        """Raises what `submit` would for so many tokens, or would once what is expected has been submitted: before a
+        request costs anything."""
         with self._changed:
             self._check_alive()
             first = refs[0] if refs else None
@@ -268,15 +269,16 @@ class Worker:
         self._quarantine.check(filter(None, refs))
 
     @contextmanager
-    def expecting(self, tokens: int, terms: Terms) -> Iterator[None]:
-        """Meanwhile a request that may come is made ready to be submitted: `check` counts its tokens."""
+    def expecting(self, ref: AdapterRef | None, tokens: int, terms: Terms) -> Iterator[None]:
+        """Meanwhile a request for an adapter is made ready to be submitted: `check` counts its tokens."""
+        name = ref.name if ref else ""
         with self._changed:
-            self._scheduler.expect(tokens, terms.priority)
+            self._scheduler.expect(name, tokens, terms.priority)
         try:
             yield
         finally:
             with self._changed:
-                self._scheduler.expect(-tokens, terms.priority)
+                self._scheduler.expect(name, -tokens, terms.priority)
 
     def load(self) -> Load:
         """What runs and what waits now."""
