@@ -83,9 +83,8 @@ SHRUNK_SECONDS = 30.0
 """How long batches stay small after the device ran out of memory; then their budget doubles, and again."""
 
 
-PLACES = {priority: place for place, priority in enumerate(Priority)}
-
 NOTHING: Mapping[Priority, Mapping[str, int]] = {}
+"""What is expected where nothing is, or where it does not count."""
 
 
 class Work(Protocol):
@@ -601,7 +600,12 @@ class _Filling(Generic[WorkT]):
 
 def _down_to(priority: Priority, tokens: Mapping[Priority, int]) -> int:
     """Those of a priority and of the ones above it."""
-    return sum(tokens.get(one, 0) for one in Priority if PLACES[one] <= PLACES[priority])
+    total = 0
+    for one in Priority:
+        total += tokens.get(one, 0)
+        if one is priority:
+            break
+    return total
 
 
 def _fitting(pieces: Sequence[WorkT], budget: int) -> Sequence[WorkT]:
