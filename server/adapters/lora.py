@@ -8,13 +8,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from pydantic import Field, FiniteFloat, PositiveInt
+from pydantic import Field, FiniteFloat
 from torch import Tensor, nn
 
 from server.adapters.base import AdapterMethod, Shape, Turned
 from server.adapters.flow import Flow, Gate
 from server.adapters.joined import LowRank, low_rank, low_rank_run
-from server.adapters.targets import TargetConfig, check_paths, find_sites, per_target, select, with_default
+from server.adapters.targets import Rank, TargetConfig, check_paths, find_sites, per_target, select, with_default
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 
 KINDS = (SiteKind.LINEAR, SiteKind.EMBEDDING)
@@ -23,9 +23,9 @@ KINDS = (SiteKind.LINEAR, SiteKind.EMBEDDING)
 class LoraConfig(TargetConfig):
     """PEFT's names."""
 
-    r: int = Field(8, ge=1)
+    r: Rank = 8
     lora_alpha: float = Field(8, gt=0, allow_inf_nan=False)
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Module paths whose rank is another one."""
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Module paths whose alpha is another one."""

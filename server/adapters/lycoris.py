@@ -5,20 +5,20 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
-from pydantic import Field, FiniteFloat, PositiveInt
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from server.adapters.base import AdapterMethod
-from server.adapters.targets import TargetConfig, check_paths, per_target, select, with_default
+from server.adapters.targets import Rank, TargetConfig, check_paths, per_target, select, with_default
 from server.core import BackboneSpec, Site
 
 
 class LycorisConfig(TargetConfig):
     """PEFT's names."""
 
-    r: int = Field(8, ge=1)
+    r: Rank = 8
     alpha: float = Field(8, gt=0, allow_inf_nan=False)
-    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    rank_pattern: dict[str, Rank] = Field(default_factory=dict)
     """Module paths whose rank is another one."""
     alpha_pattern: dict[str, FiniteFloat] = Field(default_factory=dict)
     """Module paths whose alpha is another one."""

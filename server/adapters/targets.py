@@ -4,7 +4,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import regex
 from pydantic import Field
@@ -28,6 +28,9 @@ MAX_REPEATS = 1_000
 """Copies that a pattern's `{n}` ask for, multiplied as if all were nested. They are made before anything is matched."""
 
 _REPEAT = re.compile(r"\{\s*0*([0-9]+)")
+
+Rank = Annotated[int, Field(ge=1, le=2**128)]
+"""Of matrices. Which one it can be, their shapes tell; a number beyond what a float holds cannot be divided by."""
 
 SELECTORS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """PEFT's options that say together which modules are meant."""
