@@ -76,6 +76,12 @@ class KeyValue(NamedTuple):
     """One number for each text, or two, that keys and values are multiplied by."""
 
 
+def unrounded(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that is to be computed with and then be of another number format, in the wider of the two."""
+    wide = torch.promote_types(value.dtype, dtype)
+    return value if value.dtype == wide else value.to(wide)
+
+
 class Turned(NamedTuple):
     """How a parameter is given to `bind`: another way than it is stored."""
 

@@ -1,5 +1,6 @@
 """Where an adapter's numbers lie: all in one piece of memory, and how they get there."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar, cast
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from server.adapters.base import Shape, Turned
+from server.adapters.base import Shape, Turned, unrounded
 from server.blocks import BLOCKS
 from server.packed import Packing
 
@@ -86,21 +87,6 @@ def in_one_piece(values: Sequence[Tensor], dtypes: Sequence[torch.dtype], device
     return copies
 
 
-@torch.inference_mode()
-def multiplied(values: Sequence[Tensor], factors: Sequence[float]) -> None:
-    """Multiplies in place, values of one number format."""
-    by_factor: dict[float, list[Tensor]] = {}
-    for value, factor in zip(values, factors, strict=True):
-        if factor != 1:
-            by_factor.setdefault(factor, []).append(value)
-    for factor, same in by_factor.items():
-        if float(torch.tensor(factor, dtype=same[0].dtype)) == factor:
-            torch._foreach_mul_(same, factor)
-        else:  # which torch._foreach_mul_ would round to the tensors' format first
-            for value in same:
-                value.mul_(factor)
-
-
 class _Numbers(NamedTuple):
     """The part of a piece of memory that holds one number format."""
 
@@ -113,10 +99,10 @@ class _Numbers(NamedTuple):
     """Shapes, as tensors without numbers."""
 
 
-def _padded(value: Tensor) -> int:
-    """How many numbers a value takes with what keeps the next one aligned."""
-    unit = ALIGNMENT // value.dtype.itemsize
-    return -(-value.numel() // unit) * unit
+def _padded(numbers: int, dtype: torch.dtype) -> int:
+    """How many numbers so many take with what keeps the next value aligned."""
+    unit = ALIGNMENT // dtype.itemsize
+    return -(-numbers // unit) * unit
 
 
 @lru_cache(maxsize=256)
@@ -131,7 +117,7 @@ def _layout(values: tuple[tuple[torch.dtype, Shape], ...]) -> list[_Numbers]:
             if dtype == format:
                 indices.append(index)
                 like.append(torch.empty(shape, dtype=dtype, device="meta"))
-                if unused := _padded(like[-1]) - like[-1].numel():
+                if unused := _padded(like[-1].numel(), dtype) - like[-1].numel():
                     indices.append(None)
                     like.append(torch.empty(unused, device="meta"))
         end = start + format.itemsize * sum(one.numel() for one in like)
@@ -142,7 +128,7 @@ def _layout(values: tuple[tuple[torch.dtype, Shape], ...]) -> list[_Numbers]:
 
 def _cut(layout: Sequence[_Numbers], count: int, device: torch.device) -> list[Tensor]:
     """A piece of memory as so many values, with anything in them."""
-    piece = _piece(layout[-1].end, device)
+    piece = _piece(layout[-1].end, device, [torch.uint8])[torch.uint8]
     values: list[Tensor] = [piece] * count
     for part in layout:
         cut = torch._C._nn.unflatten_dense_tensors(piece[part.start : part.end].view(part.dtype), part.like)
@@ -152,10 +138,13 @@ def _cut(layout: Sequence[_Numbers], count: int, device: torch.device) -> list[T
     return values
 
 
-def _piece(nbytes: int, device: torch.device) -> Tensor:
+def _piece(nbytes: int, device: torch.device, formats: Iterable[torch.dtype]) -> dict[torch.dtype, Tensor]:
+    """A piece of memory, as numbers of some formats."""
     if device.type == "cpu":
-        return torch.frombuffer(BLOCKS.take(nbytes), dtype=torch.uint8)
-    return torch.empty(nbytes, dtype=torch.uint8, device=device)
+        block = BLOCKS.take(nbytes)
+        return {format: torch.frombuffer(block, dtype=format) for format in formats}
+    piece = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    return {format: piece.view(format) for format in formats}
 
 
 class _Run(NamedTuple):
@@ -170,26 +159,34 @@ class _Run(NamedTuple):
     dtype: torch.dtype
     """In which they go."""
     how: Turned
+    start: int
+    """Byte with which they begin where they go."""
 
     @property
-    def laid(self) -> Shape:
-        """The shape in which they go."""
-        return self.shape[::-1] if self.how.transposed else self.shape
+    def end(self) -> int:
+        """Byte with which they end there."""
+        return self.start + len(self.names) * _padded(math.prod(self.shape), self.dtype) * self.dtype.itemsize
 
-    def move(self, numbers: Tensor, first: Tensor) -> None:
-        """Into the memory from a tensor on, where the first of them goes."""
+    def move(self, numbers: Tensor, piece: Tensor) -> tuple[Tensor, ...]:
+        """From a file's numbers to a piece of memory, which is of the format in which they go. Where they are then."""
+        laid = self.shape[::-1] if self.how.transposed else self.shape
+        there = piece.as_strided(
+            (len(self.names), *laid),
+            (_padded(math.prod(laid), self.dtype), *_strides(laid)),
+            self.start // self.dtype.itemsize,
+        )
         own = numbers.as_strided((len(self.names), *self.shape), (self.step, *_strides(self.shape)), self.first)
-        there = first.as_strided((len(self.names), *self.laid), (_padded(first), *first.stride()))
-        there.copy_(_rounded(own, self.dtype).mT if self.how.transposed else own)  # rounded, there is less to turn
-        if self.how.scale != 1:
-            there.mul_(self.how.scale)
+        there.copy_(own if self.how == Turned() else self._turned(own))
+        return there.unbind()
 
-
-def _rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy for a moment, outside of malloc's memory: there, what is small and stays would be put into the hole that
-    it leaves, and the next copy need another one."""
-    piece = _piece(numbers.numel() * dtype.itemsize, numbers.device)
-    return piece.view(dtype).view(numbers.shape).copy_(numbers)
+    def _turned(self, own: Tensor) -> Tensor:
+        """A copy for a moment, outside of malloc's memory: there, what is small and stays would be put into the hole
+        that it leaves, and the next copy need another one. So it would with what torch makes by itself, where a product
+        and what it is written to are of different formats."""
+        wide = unrounded(own, self.dtype)
+        turned = wide.mT if self.how.transposed else wide
+        numbers = _piece(turned.nbytes, turned.device, [turned.dtype])[turned.dtype]
+        return torch.mul(turned, self.how.scale, out=numbers.view(turned.shape))
 
 
 class Moves:
@@ -201,15 +198,16 @@ class Moves:
         self.memory: int | None = None
         """What an adapter takes that is bound to these tensors and needs no others; None where that is not known."""
         self._runs = _runs(packing, dtypes, turned)
-        self._names = [name for run in self._runs for name in run.names]
-        self._layout = _layout(tuple((run.dtype, run.laid) for run in self._runs for _ in run.names))
+        self._formats = list({run.dtype for run in self._runs})
 
     @torch.inference_mode()
     def made(self, numbers: Tensor, device: torch.device) -> dict[str, Tensor]:
         """The tensors of a file, given its numbers, by name."""
-        placed = dict(zip(self._names, _cut(self._layout, len(self._names), device), strict=True))
+        pieces = _piece(self._runs[-1].end, device, self._formats)
+        there = numbers if numbers.device == device else numbers.to(device)
+        placed: dict[str, Tensor] = {}
         for run in self._runs:
-            run.move(numbers, placed[run.names[0]])
+            placed |= zip(run.names, run.move(there, pieces[run.dtype]), strict=True)
         return placed
 
 
@@ -225,7 +223,7 @@ def _runs(packing: Packing, dtypes: Sequence[torch.dtype], turned: Mapping[str, 
             step = places[1][1] - places[0][1] if len(places) > 1 else 0
             count = next((at for at, (_, first) in enumerate(places) if first != places[0][1] + at * step), len(places))
             names = [name for name, _ in places[:count]]
-            runs.append(_Run(names, places[0][1], step, shape, dtype, how))
+            runs.append(_Run(names, places[0][1], step, shape, dtype, how, runs[-1].end if runs else 0))
             places = places[count:]
     return runs
 

@@ -20,7 +20,7 @@ from server.store.report import Report
 from server.store.store import AdapterStore, OpenedVersion
 from server.tasks.adapter import Blueprint, TaskAdapter
 from server.tasks.head import HEAD
-from server.together import Together
+from server.together import LARGEST_TOGETHER, Together
 
 T = TypeVar("T")
 
@@ -80,6 +80,10 @@ class Checker:
         """The adapter on the backbone's device."""
         return checked.blueprint.load(checked.tensors, self._backbone)
 
+    def binds_quickly(self, checked: Checked) -> bool:
+        """Whether that takes but a few short steps."""
+        return checked.nbytes <= LARGEST_TOGETHER and checked.blueprint.loads_quickly(checked.tensors, self._backbone)
+
     def covers(self, report: Report) -> bool:
         """Whether what a server has found holds here."""
         return report.covers(self._backbone.spec.fingerprint, self._backbone.dtype_name)
@@ -117,17 +121,25 @@ class Loader:
         """The version in the host's memory, and placed, where that is the device's."""
         verify = await opened.read()
         with _servable(name):
-            return await self._threads.call(lambda: self._made(verify()), opened.size)
+            return self._whole(*await self._threads.call(lambda: self._made(verify()), opened.size))
 
     async def bring_small(self, name: str, version: str, at_most: int) -> tuple[Checked, TaskAdapter] | None:
         """The same from the beginning, in one go; None where it has to be opened first, see AdapterStore.load_small."""
         with _servable(name):
-            return await self._store.load_small(name, version, at_most, self._made)
+            made = await self._store.load_small(name, version, at_most, self._made)
+            return None if made is None else self._whole(*made)
 
-    def _made(self, artifact: Artifact) -> tuple[Checked, TaskAdapter]:
+    def _made(self, artifact: Artifact) -> tuple[Checked, TaskAdapter | None]:
+        """What another thread does than the event loop's; None: `_whole` does the rest."""
         processors.use_one()  # the thread may be the store's
         checked = self._checker.check(artifact)
-        return checked, self._checker.bind(checked)
+        return checked, None if self._checker.binds_quickly(checked) else self._checker.bind(checked)
+
+    def _whole(self, checked: Checked, adapter: TaskAdapter | None) -> tuple[Checked, TaskAdapter]:
+        """On the event loop, a few short steps take a tenth of a millisecond. Each of them needs Python's lock: on one
+        more thread, they would take it from the event loop and from the device's threads again and again."""
+        processors.use_one()
+        return checked, self._checker.bind(checked) if adapter is None else adapter
 
     async def place(self, checked: Checked) -> TaskAdapter:
         """The adapter on the device."""

@@ -19,8 +19,9 @@ from server.adapters.base import (
     Part,
     Turned,
     check_tensors,
+    unrounded,
 )
-from server.adapters.pieces import Moves, compacted, in_one_piece, memory, multiplied
+from server.adapters.pieces import Moves, compacted, in_one_piece, memory
 from server.core import BackboneSpec, Options, Prediction, SiteKind, TextInput, WindowPooling
 from server.errors import InvalidAdapter
 from server.packed import Packed, Packing
@@ -170,12 +171,11 @@ class Blueprint:
 
         The head stays as precise as it was stored: its outputs are what the caller sees.
         """
-        placed = {
-            name: tensor.to(host.device, dtype)
-            for (name, tensor), dtype in zip(tensors.items(), self._dtypes(tensors, host), strict=True)
-        }
+        dtypes = dict(zip(tensors, self._dtypes(tensors, host), strict=True))
+        placed = {name: unrounded(tensor.to(host.device), dtypes[name]) for name, tensor in tensors.items()}
         for part in self.parts:
             placed = part.turn(placed, host.spec)
+        placed = {name: tensor.to(dtypes[name]) for name, tensor in placed.items()}
         bound = self._bound(placed, host)
         return replace(bound, nbytes=memory(([part.sites for part in bound.weights.parts], bound.head)))
 
@@ -191,13 +191,16 @@ class Blueprint:
             if not tensor.numel():
                 placed[name] = tensor.to(host.device, dtype)
                 continue
-            laid[name] = turned[name].laid(tensor) if name in turned else tensor
+            laid[name] = turned[name].turn(unrounded(tensor, dtype)) if name in turned else tensor
             dtypes.append(dtype)
         copies = in_one_piece(list(laid.values()), dtypes, host.device)
         placed |= zip(laid, copies, strict=True)
-        scales = {name: how.scale for name, how in turned.items()}
-        multiplied([placed[name] for name in scales], list(scales.values()))
         return self._bound(placed, host).compact(copies)
+
+    def loads_quickly(self, tensors: Mapping[str, Tensor], host: Host) -> bool:
+        """Whether `load` only moves numbers: how, another file that lies alike has shown, and nothing is computed."""
+        moves = self._moves.get(tensors.packing, {}).get(host.dtype) if isinstance(tensors, Packed) else None
+        return moves is not None and moves.memory is not None
 
     def _moved(self, tensors: Packed, host: Host) -> TaskAdapter:
         """The same of those of a file. What is found out once holds for all files that lie alike."""

@@ -1,0 +1,96 @@
+"""How a version gets from the store's files to the device: on which thread, and in whose memory."""
+
+import asyncio
+import threading
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import make_artifact, make_blueprint, random_tensors, tiny_backbone
+
+from server.backbone.backbone import Backbone
+from server.engine.loading import Checked, Checker, Loader
+from server.store.artifact import Artifact
+from server.store.store import AdapterStore
+from server.tasks.adapter import TaskAdapter
+
+LOOP = "event loop"
+BESIDE = "another thread"
+
+
+@pytest.fixture(scope="module")
+def half() -> Backbone:
+    """A tiny BERT in bfloat16."""
+    return tiny_backbone("bert", dtype=torch.bfloat16)
+
+
+class Watched(Checker):
+    """Notes who binds."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__(backbone)
+        self.binding: list[str] = []
+
+    def bind(self, checked: Checked) -> TaskAdapter:
+        self.binding.append(
+            LOOP if threading.current_thread() is threading.main_thread() else BESIDE,
+        )
+        return super().bind(checked)
+
+
+def artifact(backbone: Backbone, method: str, options: Mapping[str, Any], seed: int) -> Artifact:
+    blueprint = make_blueprint(backbone.spec, method, options)
+    return make_artifact(blueprint, random_tensors(blueprint, seed, backbone))
+
+
+@pytest.mark.parametrize("in_one_go", [True, False])
+@pytest.mark.parametrize(
+    ("method", "options", "second"),
+    [
+        ("lora", {"r": 8}, LOOP),
+        ("dora", {"r": 8}, BESIDE),  # binding computes
+        ("lora", {"r": 2, "target_modules": "all-linear"}, LOOP),
+    ],
+)
+def test_what_computes_does_so_beside_the_event_loop(
+    method: str, options: dict[str, Any], second: str, in_one_go: bool, half: Backbone, tmp_path: Path
+) -> None:
+    async def bound_by() -> list[str]:
+        store, checker = AdapterStore.open(str(tmp_path)), Watched(half)
+        with ThreadPoolExecutor(1) as pool:
+            nobody: Any = None  # proves what is only brought
+            loader = Loader(store, checker, nobody, pool)
+            for seed in range(3):
+                made = artifact(half, method, options, seed)
+                version = await store.put_version("a", made)
+                if in_one_go:
+                    brought = await loader.bring_small("a", version, 1 << 20)
+                else:
+                    brought = await loader.bring("a", await loader.open("a", version))
+                assert brought is not None
+                checked, adapter = brought
+                assert adapter.nbytes == checker.bind(checked).nbytes
+                checker.binding.pop()
+        return checker.binding
+
+    assert asyncio.run(bound_by()) == [BESIDE, second, second]
+
+
+@torch.inference_mode()
+def test_a_load_leaves_no_hole_in_mallocs_memory(half: Backbone) -> None:
+    """What torch takes for a moment is filled with small things that stay."""
+    checker = Checker(half)
+    checked = []
+    for seed in range(2):
+        made = artifact(half, "lora", {"r": 8}, seed)
+        data = memoryview(bytearray(made.tensor_bytes))
+        checked.append(checker.check(Artifact.verify(made.version, made.manifest_bytes, data)))
+    checker.bind(checked[0])
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        adapter = checker.bind(checked[1])
+    taken = {event.key: event.self_cpu_memory_usage for event in profile.key_averages()}
+    assert sum(size for size in taken.values() if size > 0) < 64, taken
+    assert adapter.nbytes > 4096
