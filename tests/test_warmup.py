@@ -254,6 +254,7 @@ def test_a_server_whose_backbone_fails_does_not_start(
 
     monkeypatch.setattr(WarmUp, "_bare", fails)
     monkeypatch.setattr(serving, "_limit_arenas", lambda: None)
+    monkeypatch.setattr(serving, "_share_processors", lambda _: None)
     monkeypatch.setattr(serving.logs, "configure", lambda *_: None)
     monkeypatch.setattr(
         serving,
@@ -276,12 +277,12 @@ def test_no_time_at_all_turns_it_off(bert: Backbone, monkeypatch: pytest.MonkeyP
 
 
 @contextmanager
-def verbose_server(folder: Path, store: Path) -> Iterator[tuple[httpx.Client, Path]]:
-    """A server in bfloat16 that tells what oneDNN compiles, and the file that it tells it in."""
+def verbose_server(folder: Path, store: Path, dtype: str) -> Iterator[tuple[httpx.Client, Path]]:
+    """A server that tells what oneDNN compiles, and the file that it tells it in."""
     output = folder / "output"
     clean = {name: value for name, value in os.environ.items() if not name.startswith("ADAPTERD_")}
     environment = clean | {"ONEDNN_VERBOSE": "profile_create", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
-    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--device", "cpu", "--dtype", "bfloat16"]
+    command = [sys.executable, "-m", "server", "serve", "--port", "0", "--device", "cpu", "--dtype", dtype]
     command += ["--store", str(store), "--backbone", children.save_tiny_bert(folder / "backbone")]
     with output.open("wb") as written:
         process = subprocess.Popen(
@@ -299,16 +300,16 @@ def verbose_server(folder: Path, store: Path) -> Iterator[tuple[httpx.Client, Pa
         process.wait()
 
 
-def compiled(output: Path) -> list[str]:
+def compiled(output: Path, what: str) -> list[str]:
     lines = output.read_text().splitlines()
-    return [line for line in lines if line.startswith("onednn_verbose") and "cache_miss" in line and "bf16" in line]
+    return [line for line in lines if line.startswith("onednn_verbose") and "cache_miss" in line and what in line]
 
 
 def test_requests_to_a_ready_server_compile_nothing(bert: Backbone, tmp_path: Path) -> None:
     """The bare backbone's, and those of LoRAs, whose products come in few shapes."""
-    with verbose_server(tmp_path, tmp_path / "store") as (client, output):
+    with verbose_server(tmp_path, tmp_path / "store", "bfloat16") as (client, output):
         assert client.get("/readyz").status_code == 200
-        before = compiled(output)
+        before = compiled(output, "bf16")
         if not before:
             pytest.skip("oneDNN compiles no products in bfloat16 here")
         many = [f"two-{index}" for index in range(16)]
@@ -333,4 +334,13 @@ def test_requests_to_a_ready_server_compile_nothing(bert: Backbone, tmp_path: Pa
             ):
                 answer = client.post(path, json=body)
                 assert answer.status_code == 200, answer.text
-        assert compiled(output)[len(before) :] == []
+        assert compiled(output, "bf16")[len(before) :] == []
+
+
+def test_in_float32_nothing_is_kept_for_a_number_of_rows(tmp_path: Path) -> None:
+    """There, oneDNN would compile a GELU for each, and keep it."""
+    with verbose_server(tmp_path, tmp_path / "store", "float32") as (client, output):
+        before = compiled(output, "")
+        for words in (1, 5, 12, 29, 61):
+            assert client.post("/embed", json={"inputs": "w1 " * words}).status_code == 200
+        assert compiled(output, "")[len(before) :] == []
