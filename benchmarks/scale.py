@@ -368,7 +368,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, help="folder of the adapters; those it has are used")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=60.0, help="of saturated load by Zipf's law")
-    parser.add_argument("--slices", type=int, default=6, help="into which the seconds are cut")
+    parser.add_argument("--slices", type=int, default=20, help="into which the seconds are cut")
     parser.add_argument("--median-tokens", type=float, default=15.0, help="of the texts, which have at most 128")
     parser.add_argument("--load", type=float, default=0.7, help="share of the saturated throughput, for cold latency")
     parser.add_argument("--starts", type=int, default=5)
