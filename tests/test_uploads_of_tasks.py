@@ -4,6 +4,7 @@ import io
 import itertools
 import json
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,6 +50,13 @@ class Uploaded(NamedTuple):
     files: dict[str, bytes]
 
 
+def pretrained(of: type[PreTrainedModel], **config: Any) -> PreTrainedModel:
+    """The backbone with a head that is the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return of.from_pretrained(resolve(SOURCE), **config)
+
+
 def tuned(model: PreTrainedModel, task_type: str, folder: Path, config: PeftConfig) -> Uploaded:
     """A LoRA or an IA3, and a head, that are far from a no-op."""
     config.task_type = task_type
@@ -86,7 +94,7 @@ def ask(client: TestClient, route: str, **body: Any) -> list[Any]:
 
 @pytest.mark.parametrize("config", [peft.lora, peft.ia3])
 def test_tags(config: Any, client: TestClient, tmp_path: Path) -> None:
-    model = BertForTokenClassification.from_pretrained(resolve(SOURCE), id2label=TAGS, num_labels=4)
+    model = pretrained(BertForTokenClassification, id2label=TAGS, num_labels=4)
     model_config = json.dumps(model.config.to_dict()).encode()
     uploaded = tuned(model, "TOKEN_CLS", tmp_path, config(peft.BERT))
     put(client, "tags", uploaded.files | {"config.json": model_config})
@@ -108,20 +116,29 @@ def test_tags(config: Any, client: TestClient, tmp_path: Path) -> None:
 @pytest.mark.parametrize("config", [peft.lora, peft.ia3])
 @torch.no_grad()
 def test_answers(config: Any, client: TestClient, tmp_path: Path) -> None:
-    model = BertForQuestionAnswering.from_pretrained(resolve(SOURCE))
+    model = pretrained(BertForQuestionAnswering)
     uploaded = tuned(model, "QUESTION_ANS", tmp_path, config(peft.BERT))
     put(client, "answers", uploaded.files)
     tokenizer = AutoTokenizer.from_pretrained(resolve(SOURCE))
     for question in ("When did it open?", "Wo ist das Café? 😀"):
-        batch = tokenizer(question, CONTEXT, return_tensors="pt", return_offsets_mapping=True)
-        offsets = batch.pop("offset_mapping")[0].tolist()
+        batch = tokenizer(question, CONTEXT, return_tensors="pt")
         places = [index for index, part in enumerate(batch.sequence_ids()) if part == 1]
         output = uploaded.model(**batch)
         start, end = (logits[0, places].softmax(0) for logits in (output.start_logits, output.end_logits))
         pieces = itertools.combinations_with_replacement(range(len(places)), 2)
-        score, (first, last) = max((float(start[a] * end[b]), (a, b)) for a, b in pieces if b - a < 15)
+        best = sorted(((float(start[a] * end[b]), places[a], places[b]) for a, b in pieces if b - a < 15), reverse=True)
+        # pieces of the same words are one answer: of the best twelve, where one answer is wanted
+        sums: Counter[str] = Counter()
+        found: dict[str, tuple[int, int]] = {}
+        for likely, first, last in best[:12]:
+            spans = [batch.word_to_chars(batch.token_to_word(token), sequence_index=1) for token in (first, last)]
+            words = CONTEXT[spans[0].start : spans[1].end].lower()
+            sums[words] += likely
+            found.setdefault(words, (spans[0].start, spans[1].end))
+        (words, score), (_, second) = sums.most_common(2)
+        assert score - second > PREDICTIONS  # else nobody could tell which is right
         ((answer,),) = ask(client, "/answer", adapter="answers", inputs={"question": question, "context": CONTEXT})
-        assert (answer["start"], answer["end"]) == (offsets[places[first]][0], offsets[places[last]][1])
+        assert (answer["start"], answer["end"]) == found[words]
         assert answer["text"] == CONTEXT[answer["start"] : answer["end"]]
         # the first token counts too in transformers' softmax, where it stands for no answer
         assert 0 < answer["score"] <= score + PREDICTIONS
@@ -131,7 +148,7 @@ def test_answers(config: Any, client: TestClient, tmp_path: Path) -> None:
 @pytest.mark.parametrize("pooling", [None, "cls", "mean"])
 @torch.no_grad()
 def test_vectors(config: Any, pooling: str | None, client: TestClient, tmp_path: Path) -> None:
-    uploaded = tuned(BertModel.from_pretrained(resolve(SOURCE)), "FEATURE_EXTRACTION", tmp_path, config(peft.BERT))
+    uploaded = tuned(pretrained(BertModel), "FEATURE_EXTRACTION", tmp_path, config(peft.BERT))
     options = {"1_Pooling/config.json": json.dumps({f"pooling_mode_{pooling}_token": True}).encode()}
     if pooling == "mean":
         options = {"1_Pooling/config.json": json.dumps({"pooling_mode": "mean"}).encode()}
@@ -149,7 +166,7 @@ def test_vectors(config: Any, pooling: str | None, client: TestClient, tmp_path:
 
 @torch.no_grad()
 def test_numbers(client: TestClient, tmp_path: Path) -> None:
-    model = BertForSequenceClassification.from_pretrained(resolve(SOURCE), num_labels=1, problem_type="regression")
+    model = pretrained(BertForSequenceClassification, num_labels=1, problem_type="regression")
     model_config = json.dumps(model.config.to_dict()).encode()
     uploaded = tuned(model, "SEQ_CLS", tmp_path, peft.lora(peft.BERT))
     put(client, "numbers", uploaded.files | {"config.json": model_config})
