@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from server.adapters.activations import ACTIVATIONS, ActivationName
 from server.adapters.base import AdapterMethod, MethodConfig, Shape, unsupported
 from server.adapters.flow import Flow, Gate
-from server.adapters.joined import columns, groups, others
+from server.adapters.joined import columns, groups, own_columns
 from server.core import BackboneSpec, Site, SiteKind, SiteSpec
 from server.errors import InvalidAdapter
 
@@ -255,7 +255,7 @@ def _adapter(weights: Sequence[BottleneckWeights], read: Tensor, flow: Flow) -> 
     biases = [own.down_bias for own in weights if own.down_bias is not None]
     low = ACTIVATIONS[form.non_linearity](F.linear(read, down, _cat(biases) if biases else None))
     if len(weights) > 1:
-        low = low.masked_fill(others([own.down.shape[0] for own in weights], flow), 0)
+        low = own_columns(low, [own.down.shape[0] for own in weights], flow)
     out = F.linear(low, _cat([own.up for own in weights], dim=1))
     if ups := [own.up_bias for own in weights if own.up_bias is not None]:
         out = out + flow.per_row(ups)

@@ -35,6 +35,9 @@ MIN_SIZE = 16
 WIDTH_STEP = 32
 """Columns from one size to the next between a full group's and those that one product does for."""
 
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By the bytes of a number, the integers of as many."""
+
 
 def columns(like: Tensor) -> int:
     """How many columns of such products to join."""
@@ -82,14 +85,25 @@ def rounded_up(rows: int, steps: int) -> int:
     return -(-rows // step) * step
 
 
-def others(ranks: Sequence[int], flow: Flow) -> Tensor:
-    """[rows, columns]: True where a column of the joined adapters belongs to another adapter than the row."""
-    key = (tuple(ranks), flow.lengths)
+def own_columns(low: Tensor, ranks: Sequence[int], flow: Flow, before: int = 0) -> Tensor:
+    """`low` where row and column are of the same one of the joined adapters, else 0, whatever is there: a neighbour's
+    overflow times 0 would not be 0. It may be changed.
+
+    Shape [rows, columns]; `before` rows come before the flow's, and there may be some after them, and columns after the
+    adapters'. All those are nobody's.
+    """
+    key = (tuple(ranks), flow.lengths, before, low.shape, low.dtype)
     if key not in flow.shared:
         owners = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-        owners = owners.to(flow.y.device, non_blocking=True)
-        flow.shared[key] = flow.owners[:, None] != owners[None, :]
-    return flow.shared[key]
+        own = flow.owners[:, None] == owners.to(flow.y.device, non_blocking=True)
+        after = low.shape[0] - before - own.shape[0]
+        bits = F.pad(own, (0, low.shape[1] - own.shape[1], before, after)).to(_BITS[low.element_size()]).neg_()
+        flow.shared[key] = bits  # all of them set, or none
+    bits = flow.shared[key]
+    if low.requires_grad:
+        return low.masked_fill(bits == 0, 0)
+    low.view(bits.dtype).bitwise_and_(bits)  # on a CPU it takes a sixth of what filling does
+    return low
 
 
 class LowRank(NamedTuple):
@@ -141,9 +155,8 @@ def low_rank_run(weights: Sequence[LowRank], flow: Flow) -> Iterator[Tensor]:
         if len(group) == 1:
             low, b = F.linear(part.x, group[0].a), factors[0]
         else:
-            # filled rather than multiplied by zero: a neighbour's overflow times zero would not be zero
-            mask = others([own.a.shape[0] for own in group], part)
-            low = F.linear(part.x, torch.cat([own.a for own in group])).masked_fill(mask, 0)
+            low = F.linear(part.x, torch.cat([own.a for own in group]))
+            low = own_columns(low, [own.a.shape[0] for own in group], part)
             b = torch.cat(factors)
         y = _scaled_and_shifted(group, part)
         yield y.addmm_(low, b) if part.owned else torch.addmm(y, low, b)
@@ -160,7 +173,7 @@ def _add_in_known_shapes(weights: Sequence[LowRank], part: Flow) -> None:
     x, y = (tensor[first : first + height] for tensor in part.whole)
     unused = wide - sum(ranks)
     low = F.linear(x, _stacked([own.a for own in weights], unused, part))  # [height, wide]
-    low.masked_fill_(_foreign(ranks, part, first, x.shape[0], unused), 0)
+    low = own_columns(low, ranks, part, part.start - first)
     y.addmm_(low, _stacked([own.b for own in weights if own.b is not None], unused, part))
 
 
@@ -182,15 +195,6 @@ def _stacked(factors: list[Tensor], unused: int, part: Flow) -> Tensor:
             part.shared[key] = factors[0].new_zeros(unused, size)
         factors = [*factors, part.shared[key]]
     return torch.cat(factors) if len(factors) > 1 else factors[0]
-
-
-def _foreign(ranks: Sequence[int], part: Flow, first: int, height: int, unused: int) -> Tensor:
-    """[height, columns]: True where a row, counted from `first`, and a column are not of the same adapter."""
-    key = ("foreign", tuple(ranks), part.lengths, part.start, first, height)
-    if key not in part.shared:
-        before, after = part.start - first, first + height - part.start - part.y.shape[0]
-        part.shared[key] = F.pad(others(ranks, part), (0, unused, before, after), value=True)
-    return part.shared[key]
 
 
 def _scaled_and_shifted(weights: Sequence[LowRank], flow: Flow) -> Tensor:
