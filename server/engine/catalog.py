@@ -31,9 +31,10 @@ PATIENCE_SECONDS = 1.0
 PREPARE_SECONDS = 1.0
 """How long a reading of a later release waits for its versions to be loaded."""
 
-REREAD_SECONDS = 60.0
+REREAD_SECONDS = 600.0
 """After that, an adapter's releases are read again, beside serving, though none was announced: who copies releases into
-a store by other means announces nothing."""
+a store by other means announces nothing. Where thousands of adapters are in use, each of them only now and then, nearly
+every request would read one again that came a few minutes after the last."""
 
 MAX_KNOWN = 20_000
 """Names whose release is remembered, the last ones asked for: some kilobytes each."""

@@ -77,8 +77,6 @@ class Memory(Generic[V]):
         self._tier = tier
         self.max_bytes = max_bytes
         self._wait_seconds = wait_seconds
-        self._resident_gauge = metrics.adapters_resident.labels(tier)
-        self._bytes_gauge = metrics.adapter_bytes.labels(tier)
         self._evictions = metrics.evictions.labels(tier)
         self._slots: dict[str, _Slot[V]] = {}
         self._order: list[_Entry] = []
@@ -94,6 +92,9 @@ class Memory(Generic[V]):
         self._claimed_bytes = 0
         self._waiting: set[asyncio.Future[None]] = set()  # for something to be let go
         metrics.memory_budget_bytes.labels(tier).set(max_bytes)
+        # asked at a scrape: they change several times with each load
+        metrics.adapters_resident.labels(tier).set_function(lambda: len(self))
+        metrics.adapter_bytes.labels(tier).set_function(lambda: self._value_bytes + self._claimed_bytes)
 
     def __iter__(self) -> Iterator[str]:
         """The keys, the first to leave last."""
@@ -163,12 +164,10 @@ class Memory(Generic[V]):
         await self._make_room(nbytes)
         claim = Claim(self, nbytes)
         self._claimed_bytes += nbytes
-        self._measure()
         try:
             yield claim
         finally:
             self._claimed_bytes -= claim.nbytes
-            self._measure()
             self._wake()
 
     async def settle(self, claim: Claim[V], key: str, value: V, nbytes: int) -> None:
@@ -187,7 +186,6 @@ class Memory(Generic[V]):
         self._value_bytes += nbytes
         self._claimed_bytes -= claim.nbytes
         claim.nbytes = 0
-        self._measure()
 
     async def _make_room(self, nbytes: int, claimed: int = 0, replaced: str | None = None) -> None:
         """For so many bytes, some of which are claimed; `replaced` will be gone."""
@@ -274,14 +272,9 @@ class Memory(Generic[V]):
     def _sweep(self) -> None:
         for key in self._retired - self._held.keys() - self._pinned:
             self._drop(key)
-        self._measure()
         self._wake()
 
     def _wake(self) -> None:
         for waiting in self._waiting:
             if not waiting.done():
                 waiting.set_result(None)
-
-    def _measure(self) -> None:
-        self._resident_gauge.set(len(self))
-        self._bytes_gauge.set(self._value_bytes + self._claimed_bytes)
