@@ -146,7 +146,7 @@ async def _publish(store: AdapterStore, backbone: Backbone, prover: Prover, name
     checked = checker.check(artifact)
     adapter = checker.bind(checked)
     parameters = sum(tensor.numel() for tensor in checked.tensors.values())
-    report = await prover.report(checked.manifest, len(checked.tensors), parameters, adapter)
+    report = await prover.report(artifact.manifest, len(checked.tensors), parameters, adapter)
     version = await store.put_version(name, artifact, report)
     await store.release(name, Plan.only(version), by="benchmark")
 

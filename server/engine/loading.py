@@ -1,10 +1,11 @@
 """From the store to the device: each step, away from the event loop, with the proof that an adapter is one."""
 
 import json
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import TypeVar
 
@@ -28,20 +29,24 @@ LONGEST_RECIPE = 16 * 1024
 RECIPES = 256
 """Kinds of adapters, by method, options and number of labels, whose plans are kept."""
 
+KNOWN = 4096
+"""Versions of which is remembered what was found out of them, the last ones loaded: half a kilobyte each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """An adapter in the host's memory that is known to fit the backbone, every tensor of it used."""
 
-    manifest: Manifest
-    proven: bool
-    """A server has run it on this backbone, in this number format."""
     blueprint: Blueprint
     tensors: Mapping[str, Tensor]
     nbytes: int
     """Memory that it takes in the host's: that of the file in which its tensors lie."""
     estimate: int
     """Memory that it takes on the device, as far as can be told before it is there."""
+    unproven: Manifest | None = None
+    """What it has still to be proven with; None: a server has run it on this backbone, in this number format."""
+    digest: bytes | None = None
+    """The file's, where that has been compared with the version."""
 
 
 class Checker:
@@ -62,12 +67,12 @@ class Checker:
         proven = report is not None and self.covers(report)  # of these very bytes, which have been compared
         blueprint.check_tensors(artifact.tensors, finite=proven)
         return Checked(
-            manifest,
-            proven,
             blueprint,
             artifact.tensors,
             nbytes=len(artifact.tensor_bytes),
             estimate=report.memory_bytes if report is not None and proven else self._estimated(artifact.tensors),
+            unproven=None if proven else manifest,
+            digest=artifact.tensor_digest,
         )
 
     def _estimated(self, tensors: Mapping[str, Tensor]) -> int:
@@ -106,6 +111,9 @@ class Loader:
         self._checker = checker
         self._prover = prover
         self._threads = Together(executor)
+        self._known: OrderedDict[str, Checked] = OrderedDict()
+        """Proven versions that have been here before, without their tensors. Of such a one, nothing but these need be
+        read: they are the same if their digest is."""
 
     async def open(self, name: str, version: str) -> OpenedVersion:
         """The version, whose size is known. Raises StoreUnavailable, UnknownVersion or CorruptVersion."""
@@ -125,14 +133,39 @@ class Loader:
 
     async def bring_small(self, name: str, version: str, at_most: int) -> tuple[Checked, TaskAdapter] | None:
         """The same from the beginning, in one go; None where it has to be opened first, see AdapterStore.load_small."""
+        known = self._known.get(version)
+        made: tuple[Checked, TaskAdapter | None] | None = None
         with _servable(name):
-            made = await self._store.load_small(name, version, at_most, self._made)
-            return None if made is None else self._whole(*made)
+            if known is not None and known.digest is not None and known.nbytes <= at_most:
+                again = partial(self._made_again, known)
+                made = await self._store.load_again(name, version, known.nbytes, known.digest, again)
+            if made is None:
+                made = await self._store.load_small(name, version, at_most, self._made)
+            if made is None:
+                return None
+            checked, adapter = self._whole(*made)
+        self._remember(version, checked)
+        return checked, adapter
+
+    def _remember(self, version: str, checked: Checked) -> None:
+        if checked.unproven is not None:
+            return
+        self._known.pop(version, None)
+        self._known[version] = replace(checked, tensors={})
+        if len(self._known) > KNOWN:
+            self._known.popitem(last=False)
 
     def _made(self, artifact: Artifact) -> tuple[Checked, TaskAdapter | None]:
         """What another thread does than the event loop's; None: `_whole` does the rest."""
         processors.use_one()  # the thread may be the store's
-        checked = self._checker.check(artifact)
+        return self._begun(self._checker.check(artifact))
+
+    def _made_again(self, known: Checked, tensors: Mapping[str, Tensor]) -> tuple[Checked, TaskAdapter | None]:
+        """The same from the very tensors that have been checked before."""
+        processors.use_one()
+        return self._begun(replace(known, tensors=tensors))
+
+    def _begun(self, checked: Checked) -> tuple[Checked, TaskAdapter | None]:
         return checked, None if self._checker.binds_quickly(checked) else self._checker.bind(checked)
 
     def _whole(self, checked: Checked, adapter: TaskAdapter | None) -> tuple[Checked, TaskAdapter]:
@@ -147,9 +180,9 @@ class Loader:
 
     async def prove(self, name: str, checked: Checked, adapter: TaskAdapter) -> None:
         """Proves an adapter that no server has proven on this backbone yet. Raises UnservableAdapter."""
-        if not checked.proven:
+        if checked.unproven is not None:
             with _servable(name):
-                await self._prover.prove(checked.manifest, adapter)
+                await self._prover.prove(checked.unproven, adapter)
 
 
 @contextmanager

@@ -218,12 +218,13 @@ class Memory(Generic[V]):
     def _evict(self, nbytes: int, replaced: str | None) -> bool:
         """Frees that much beside what is claimed, from the first to leave on; False, and nothing, if it cannot."""
         missing = self._value_bytes + self._claimed_bytes + nbytes - self.max_bytes
-        staying = {*self._held, *self._pinned}
         if replaced is not None:
             missing -= self.nbytes(replaced)
-            staying.add(replaced)
         if missing <= 0:
             return True
+        staying = {*self._held, *self._pinned}
+        if replaced is not None:
+            staying.add(replaced)
         if missing > self._value_bytes - sum(map(self.nbytes, staying)):
             return False
         passed_over: list[_Entry] = []

@@ -119,7 +119,7 @@ class Publisher:
         checked = await self._compute(partial(self._checker.check, artifact))
         version = await self._compute(lambda: artifact.version)  # a digest of all its bytes
         async with self._residency.newcomer(name, version, checked) as adapter:
-            report = await self._report(checked, adapter)
+            report = await self._report(artifact.manifest, checked, adapter)
             comparison = await self._compare(name, adapter, upload)
             known = await self._store.has_version(name, version)
             await self._store.put_version(name, artifact, report)
@@ -151,7 +151,7 @@ class Publisher:
         artifact = await self._store.get_version(name, version)
         checked = await self._compute(partial(self._checker.check, replace(artifact, report=None)))
         async with self._residency.visitor(checked) as adapter:
-            return await self._report(checked, adapter)
+            return await self._report(artifact.manifest, checked, adapter)
 
     async def _serve(self, name: str, version: str, upload: Upload, by: str) -> tuple[Release, bool]:
         """The release that serves a stored version, and whether it had to be made."""
@@ -200,9 +200,9 @@ class Publisher:
         except UnservableAdapter as error:
             raise InvalidAdapter(error.message, param="traffic") from error
 
-    async def _report(self, checked: Checked, adapter: TaskAdapter) -> Report:
+    async def _report(self, manifest: Manifest, checked: Checked, adapter: TaskAdapter) -> Report:
         parameters = sum(tensor.numel() for tensor in checked.tensors.values())
-        return await self._prover.report(checked.manifest, len(checked.tensors), parameters, adapter)
+        return await self._prover.report(manifest, len(checked.tensors), parameters, adapter)
 
     def _released(self, name: str, release: Release, kind: str) -> Release:
         self._catalog.note(name, release)

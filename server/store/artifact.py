@@ -126,11 +126,13 @@ class Artifact:
     tensor_bytes: bytes | memoryview
     report: Report | None = None
     """What is known of it beside its content; no part of the version."""
+    tensor_digest: bytes | None = None
+    """Of `tensor_bytes`, where it has been found to be what the version says."""
 
     @cached_property
     def version(self) -> str:
         """sha256 (hex) over the digests of the two files, the first without the report."""
-        return _digest(self.manifest_bytes, self.tensor_bytes)
+        return _version(self.manifest_bytes, digest(self.tensor_bytes))
 
     @classmethod
     def build(cls, manifest: Manifest, tensors: Mapping[str, Tensor]) -> "Artifact":
@@ -165,14 +167,14 @@ class Artifact:
     def verify(cls, version: str, manifest_file: bytes, tensor_bytes: bytes | memoryview) -> "Artifact":
         """Reads a stored version. Raises CorruptVersion where its bytes are not the ones that were stored."""
         manifest_bytes, report = _split(version, manifest_file)
-        digest = _digest(manifest_bytes, tensor_bytes)
-        if digest != version:
-            raise CorruptVersion(f"version {version} is damaged: its bytes have the digest {digest}")
+        tensor_digest = digest(tensor_bytes)
+        if (found := _version(manifest_bytes, tensor_digest)) != version:
+            raise CorruptVersion(f"version {version} is damaged: its bytes have the digest {found}")
         try:
             artifact = cls.parse(manifest_bytes, tensor_bytes)
         except InvalidAdapter as error:
             raise CorruptVersion(f"version {version} is damaged: {error.message}") from error
-        return replace(artifact, report=report)
+        return replace(artifact, report=report, tensor_digest=tensor_digest)
 
     @staticmethod
     def manifest_in(version: str, manifest_file: bytes) -> tuple[Manifest, Report | None]:
@@ -191,9 +193,13 @@ class Artifact:
 _REPORT = "report"
 
 
-def _digest(manifest_bytes: bytes, tensor_bytes: bytes | memoryview) -> str:
-    parts = (hashlib.sha256(part).digest() for part in (manifest_bytes, tensor_bytes))
-    return hashlib.sha256(b"".join(parts)).hexdigest()
+def digest(data: bytes | memoryview) -> bytes:
+    """sha256 of a file."""
+    return hashlib.sha256(data).digest()
+
+
+def _version(manifest_bytes: bytes, tensor_digest: bytes) -> str:
+    return digest(digest(manifest_bytes) + tensor_digest).hex()
 
 
 def _document(fields: Mapping[str, Any]) -> bytes:

@@ -268,18 +268,39 @@ class Objects:
         None where that is not to be had in one go: where this is no folder, one of them is not there, or the other one
         has more than `at_most` bytes. Raises what `make` does.
         """
+
+        def read(folder: _Folder) -> Callable[[], T] | None:
+            data, size = folder.read_and_measure(key, other)
+            if data is None or size is None or size > at_most:
+                return None
+            block = folder.read_block(other, size)
+            return lambda: make(data, block)
+
+        return await self._made(key, at_most, read)
+
+    async def make_of(self, key: str, size: int, make: Callable[[Buffer], T]) -> T | None:
+        """The same from the first bytes of one object, so many of them, or as many as there are."""
+
+        def read(folder: _Folder) -> Callable[[], T] | None:
+            try:
+                block = folder.read_block(key, size)
+            except FileNotFoundError:
+                return None
+            return lambda: make(block)
+
+        return await self._made(key, size, read)
+
+    async def _made(self, key: str, size: int, read: Callable[[_Folder], Callable[[], T] | None]) -> T | None:
+        """What is computed by the function that reading so many bytes of a folder gives."""
         folder = self._folder_files
         if folder is None:
             return None
 
-        def read() -> tuple[T | None, BaseException | None]:
-            data, size = folder.read_and_measure(key, other)
-            if data is None or size is None or size > at_most:
-                return None, None
-            block = folder.read_block(other, size)
-            return outcome(lambda: make(data, block))  # an error of which is none of the store
+        def work() -> tuple[T | None, BaseException | None]:
+            make = read(folder)
+            return (None, None) if make is None else outcome(make)  # an error of which is none of the store
 
-        made, error = await self._find("get", key, lambda: folder.call(read), at_most)
+        made, error = await self._find("get", key, lambda: folder.call(work), size)
         if error is not None:
             raise error
         return made

@@ -12,12 +12,14 @@ number succeeds; so there is no lock, no torn write and no lost update, and the 
 import asyncio
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TypeVar
 from uuid import uuid4
+
+from torch import Tensor
 
 from server.blocks import BLOCKS
 from server.errors import (
@@ -30,7 +32,7 @@ from server.errors import (
 )
 from server.logs import get_logger
 from server.store.announcements import Announcements
-from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest
+from server.store.artifact import MANIFEST, TENSORS, Artifact, Manifest, digest, read_tensors
 from server.store.names import NAME, check_name, check_version
 from server.store.objects import Buffer, Objects, Observe
 from server.store.releases import DELETED, Plan, Release
@@ -151,6 +153,21 @@ class AdapterStore:
             at_most,
             lambda manifest, tensors: work(Artifact.verify(version, manifest, _in_block(tensors))),
         )
+
+    async def load_again(
+        self, name: str, version: str, size: int, tensor_digest: bytes, work: Callable[[Mapping[str, Tensor]], T]
+    ) -> T | None:
+        """What `work` makes of the tensors of a version that has been read before: their file had so many bytes and
+        this digest. They are compared with that and worked on in one go, as by load_small.
+
+        None where they cannot be had so, or are not the same any more; load_small and open_version tell which.
+        """
+
+        def make(tensors: Buffer) -> T | None:
+            data = _in_block(tensors)
+            return work(read_tensors(TENSORS, data)) if digest(data) == tensor_digest else None
+
+        return await self._objects.make_of(f"{_version_key(name, version)}/{TENSORS}", size, make)
 
     async def get_version(self, name: str, version: str) -> Artifact:
         """Reads a version and proves that its bytes are the ones that were stored."""
