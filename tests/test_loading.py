@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from helpers import make_artifact, make_blueprint, random_tensors, tiny_backbone
 
 from server.backbone.backbone import Backbone
 from server.engine.loading import Checked, Checker, Loader
+from server.errors import CorruptVersion
 from server.store.artifact import Artifact
+from server.store.report import Report
 from server.store.store import AdapterStore
 from server.tasks.adapter import TaskAdapter
 
@@ -94,3 +97,33 @@ def test_a_load_leaves_no_hole_in_mallocs_memory(half: Backbone) -> None:
     taken = {event.key: event.self_cpu_memory_usage for event in profile.key_averages()}
     assert sum(size for size in taken.values() if size > 0) < 64, taken
     assert adapter.nbytes > 4096
+
+
+def test_what_was_in_memory_before_is_the_same_again_and_no_damage_is_served(half: Backbone, tmp_path: Path) -> None:
+    async def run() -> None:
+        store, checker = AdapterStore.open(str(tmp_path)), Watched(half)
+        with ThreadPoolExecutor(1) as pool:
+            nobody: Any = None
+            loader = Loader(store, checker, nobody, pool)
+            made = artifact(half, "lora", {"r": 8}, 0)
+            proof = Report(
+                backbone=half.spec.name, fingerprint=half.spec.fingerprint, fingerprint_matched=True, device="cpu",
+                dtype=half.dtype_name, tensors=1, parameters=1, memory_bytes=1, golden=None, smoke_texts=1,
+                server="tests", checked_at=datetime.now(UTC),
+            )  # fmt: skip
+            version = await store.put_version("a", made, proof)
+            first = await loader.bring_small("a", version, 1 << 20)
+            manifest = tmp_path / "a" / "versions" / version / "manifest.json"
+            manifest.rename(tmp_path / "aside")
+            second = await loader.bring_small("a", version, 1 << 20)
+            (tmp_path / "aside").rename(manifest)
+            assert first is not None
+            assert second is not None
+            assert all(torch.equal(second[0].tensors[name], tensor) for name, tensor in first[0].tensors.items())
+            assert second[1].labels == first[1].labels
+            file = tmp_path / "a" / "versions" / version / "adapter.safetensors"
+            file.write_bytes(file.read_bytes()[:-1] + b"?")
+            with pytest.raises(CorruptVersion, match=version):
+                await loader.bring_small("a", version, 1 << 20)
+
+    asyncio.run(run())

@@ -1,6 +1,7 @@
 """The store: immutable versions, append-only releases, what its failures look like, and what garbage is."""
 
 import asyncio
+import hashlib
 import json
 import math
 import os
@@ -1677,6 +1678,23 @@ def test_a_small_version_of_a_folder_is_loaded_in_one_go(stored: Path, files: Sy
     for file in ("adapter.safetensors", "manifest.json"):
         (stored / file).unlink()
         assert load() is None
+
+
+def test_a_version_that_is_known_is_loaded_again_by_its_tensors_alone(stored: Path, files: Sync) -> None:
+    whole = (stored / "adapter.safetensors").read_bytes()
+    known = len(whole), hashlib.sha256(whole).digest()
+
+    def load(name: str = "a") -> list[str] | None:
+        return files.load_again(name, stored.name, *known, lambda tensors: sorted(tensors))
+
+    (stored / "manifest.json").unlink()
+    assert load() == sorted(artifact().tensors)
+    assert load("b") is None
+    for other in (b"", whole[:-1], bytes([whole[0] ^ 1]) + whole[1:], whole[:-1] + bytes([whole[-1] ^ 1])):
+        (stored / "adapter.safetensors").write_bytes(other)
+        assert load() is None
+    (stored / "adapter.safetensors").unlink()
+    assert load() is None
 
 
 def test_elsewhere_a_version_is_opened_first() -> None:
