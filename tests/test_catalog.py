@@ -265,6 +265,21 @@ def test_a_release_that_nobody_announced_is_seen_after_a_minute() -> None:
     asyncio.run(run())
 
 
+def test_old_announcements_are_swept_beside_serving() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        announcements = one.store.announcements
+        announcements.made += [(one.clock.now - 100, f"old-{index}", 1) for index in range(3)]
+        await followed(one, 5, "sentiment")
+        assert len(announcements.made) == 4
+        announcements.outdated = True
+        await followed(one, 10, "sentiment")
+        assert len(announcements.made) == 1
+
+    asyncio.run(run())
+
+
 def test_a_release_that_waits_for_its_versions_is_tried_at_each_poll() -> None:
     async def run() -> None:
         tries: list[float] = []

@@ -1131,6 +1131,62 @@ def test_old_announcements_are_removed_by_the_next_writer(tmp_path: Path) -> Non
     asyncio.run(run())
 
 
+def test_who_reads_announcements_removes_old_ones_though_nobody_makes_another(store: Sync) -> None:
+    async def run() -> None:
+        now, objects = [0.0], store.store._objects
+        announcements = Announcements(objects, lambda: now[0])
+        for index in range(5):
+            await announcements.add(f"a{index}", 1)
+        for now[0] in (0.0, 30.0, 58.0):
+            assert len(await announcements.read()) == 5
+            assert not announcements.outdated
+        now[0] = 70.0
+        assert len(await announcements.read()) == 5
+        assert announcements.outdated
+        await objects.delete("_announced/a2@1")  # by another reader
+        await announcements.sweep()
+        assert await announcements.read() == {}
+        assert not announcements.outdated
+
+    asyncio.run(run())
+
+
+def test_a_store_that_refuses_to_remove_announcements_is_left_alone_for_a_while(
+    store: Sync, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> None:
+        now, tries, objects = [0.0], [], store.store._objects
+        announcements = Announcements(objects, lambda: now[0])
+        await announcements.add("a", 1)
+        await announcements.read()
+
+        async def refuses(_: Objects, keys: list[str]) -> None:
+            tries.append(now[0])
+            raise StoreUnavailable("no")
+
+        monkeypatch.setattr(Objects, "delete_all", refuses)
+        for now[0] in range(70, 1000, 10):
+            await announcements.read()
+            if announcements.outdated:
+                with pytest.raises(StoreUnavailable):
+                    await announcements.sweep()
+        assert tries == [70, 670]
+        assert await announcements.read() == {"a": 1}
+
+    asyncio.run(run())
+
+
+def test_some_of_many_objects_are_gone_already(store: Sync) -> None:
+    async def run() -> None:
+        objects = store.store._objects
+        for key in ("folder/a", "folder/c", "folder/d"):
+            await objects.put(key, b"")
+        await objects.delete_all(["folder/a", "folder/b", "folder/c"])
+        assert [entry.key for entry in await objects.entries("folder")] == ["folder/d"]
+
+    asyncio.run(run())
+
+
 def test_a_release_stands_though_old_announcements_cannot_be_removed(
     store: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:

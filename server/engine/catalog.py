@@ -95,6 +95,7 @@ class Catalog:
         self._reads = Once[str, Release | None]()
         self._news = News(store.announcements, clock)
         self._news_reads = Once[str, None]()
+        self._sweeps = Once[str, None]()
         self._names: tuple[float, list[str]] | None = None
         self._listing = Once[str, list[str]]()
 
@@ -206,6 +207,8 @@ class Catalog:
             self._failures.note(_NEWS, error)
             raise
         self._failures.clear(_NEWS)
+        if self._store.announcements.outdated:
+            self._sweeps.start(_NEWS, self._store.announcements.sweep)  # beside serving, whatever becomes of it
         for name, number in numbers.items():
             view = self._views.get(name)
             if view is not None and number > view.release.number and not view.behind:

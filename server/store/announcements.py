@@ -7,18 +7,25 @@ adapters a server knows, it asks the store one question and not one about each. 
 its writer died, costs some readings in vain.
 """
 
-import asyncio
 import math
 import re
 import time
-from datetime import timedelta
+from collections.abc import Callable
+from datetime import datetime, timedelta
 
+from server.errors import StoreUnavailable
 from server.store.names import NAME, check_name
-from server.store.objects import Objects
+from server.store.objects import Entry, Objects
 
 KEPT = timedelta(minutes=1)
 """How long they stay at least, by the store's clock: a reader that has not listed them for that long may have missed
 some."""
+
+AT_ONCE = 1000
+"""Announcements that are removed together."""
+
+REFUSED_SECONDS = 600.0
+"""How long nothing is removed after the store has refused to."""
 
 _FOLDER = "_announced"
 _KEY = re.compile(rf"{_FOLDER}/({NAME.pattern})@([1-9][0-9]*)")
@@ -27,9 +34,16 @@ _KEY = re.compile(rf"{_FOLDER}/({NAME.pattern})@([1-9][0-9]*)")
 class Announcements:
     """Those of one store."""
 
-    def __init__(self, objects: Objects) -> None:
+    outdated = False
+    """Whether there were old ones at the last reading, and it is time to remove them."""
+
+    def __init__(self, objects: Objects, clock: Callable[[], float] = time.monotonic) -> None:
+        """`clock` gives seconds; only differences count."""
         self._objects = objects
-        self._swept_at = -math.inf  # on this process's clock
+        self._clock = clock
+        self._sweep_at = -math.inf
+        self._newest: tuple[datetime, float] | None = None
+        """Of those that were there at some reading, and when that was: the store's clock has come as far since."""
 
     async def add(self, name: str, number: int) -> None:
         """A release with this number is about to be made, by whomever. Raises StoreUnavailable."""
@@ -37,19 +51,37 @@ class Announcements:
 
     async def read(self) -> dict[str, int]:
         """Names, each with the highest number that was announced for it."""
+        entries = await self._objects.entries(_FOLDER)
         numbers: dict[str, int] = {}
-        for entry in await self._objects.entries(_FOLDER):
+        for entry in entries:
             if match := _KEY.fullmatch(entry.key):
                 numbers[match[1]] = max(int(match[2]), numbers.get(match[1], 0))
+        self.outdated = self._clock() >= self._sweep_at and bool(self._old(entries))
         return numbers
 
     async def sweep(self) -> None:
-        """Removes old ones, now and then."""
-        now = time.monotonic()
-        if now - self._swept_at < KEPT.total_seconds() / 2:
+        """Removes old ones, now and then. Raises StoreUnavailable."""
+        if self._clock() < self._sweep_at:
             return
-        self._swept_at = now
-        entries = await self._objects.entries(_FOLDER)
-        newest = max((entry.modified_at for entry in entries), default=None)
-        old = [entry.key for entry in entries if newest is not None and newest - entry.modified_at > KEPT]
-        await asyncio.gather(*map(self._objects.delete, old))
+        self._sweep_at = self._clock() + KEPT.total_seconds() / 2
+        old = self._old(await self._objects.entries(_FOLDER))
+        try:
+            for first in range(0, len(old), AT_ONCE):
+                await self._objects.delete_all(old[first : first + AT_ONCE])
+        except StoreUnavailable:
+            self._sweep_at = self._clock() + REFUSED_SECONDS
+            raise
+
+    def _old(self, entries: list[Entry]) -> list[str]:
+        """Their keys. However long ago the last one was made: thousands that are left would be listed every second."""
+        if not entries:
+            return []
+        newest, now = max(entry.modified_at for entry in entries), self._clock()
+        if self._newest is None or newest > self._reached(now, *self._newest):
+            self._newest = newest, now
+        oldest = self._reached(now, *self._newest) - KEPT
+        return [entry.key for entry in entries if entry.modified_at < oldest]
+
+    @staticmethod
+    def _reached(now: float, newest: datetime, listed_at: float) -> datetime:
+        return newest + timedelta(seconds=now - listed_at)

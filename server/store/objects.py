@@ -360,6 +360,14 @@ class Objects:
         except FileNotFoundError:
             return
 
+    async def delete_all(self, keys: list[str]) -> None:
+        """Removes up to a thousand objects, those of them that are there: in one call where the store has one."""
+        try:
+            await self._find("delete", keys[0], lambda: obstore.delete_async(self._objects, keys))
+        except FileNotFoundError:  # somebody else is at it, and the rest is still there
+            for key in keys:
+                await self.delete(key)
+
     async def entries(self, prefix: str, after: str | None = None) -> list[Entry]:
         """The objects anywhere below a prefix, by key; with `after`, those whose keys come later than that."""
         found = await self._call(
