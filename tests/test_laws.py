@@ -150,26 +150,47 @@ def test_batches_that_run_at_once_are_what_they_are_one_by_one(backbone: Backbon
 def test_what_is_loaded_is_what_is_bound(family: str) -> None:
     """To the bit, in the number format whose rounding shows; and it takes no more memory."""
     backbone = tiny_backbone(family, dtype=torch.bfloat16)
-    packed = 0
+    packed = quick = 0
     for adapter in every_adapter(backbone):
-        bound = adapter.blueprint.bind(adapter.tensors, backbone)
-        file = safetensors.torch.save({name: tensor.contiguous() for name, tensor in adapter.tensors.items()})
-        first, second = (read_tensors("file", memoryview(bytearray(file))) for _ in range(2))
-        packed += isinstance(first, Packed)
-        sizes = set()
-        for tensors in (adapter.tensors, first, second):  # the second time with what is known from the first
-            loaded = adapter.blueprint.load(tensors, backbone)
-            for own, part in zip(loaded.weights.parts, bound.weights.parts, strict=True):
-                assert own.sites.keys() == part.sites.keys()
-                for site, weights in own.sites.items():
-                    for one, other in zip(tree_leaves(weights), tree_leaves(part.sites[site]), strict=True):
-                        assert torch.equal(one, other) if isinstance(one, Tensor) else one is other
-            for one, other in zip(tree_leaves(loaded.head), tree_leaves(bound.head), strict=True):
-                assert torch.equal(one, other) if isinstance(one, Tensor) else one is other
-            sizes.add(loaded.nbytes)
+        sizes = []
+        halves = {name: tensor / 2 for name, tensor in adapter.tensors.items()}
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in adapter.tensors.items()}
+        for tensors in (adapter.tensors, halves, zeros):  # of the others it is known from the first how to
+            bound = adapter.blueprint.bind(tensors, backbone)
+            file = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+            read = read_tensors("file", memoryview(bytearray(file)))
+            packed += isinstance(read, Packed)
+            quick += adapter.blueprint.loads_quickly(read, backbone)
+            for given in (tensors, read):
+                loaded = adapter.blueprint.load(given, backbone)
+                same(loaded, bound)
+                sizes.append(loaded.nbytes)
         assert max(sizes) <= 1.2 * bound.nbytes + 4096
         assert max(sizes) - min(sizes) <= 64 * len(adapter.tensors)  # what keeps tensors aligned
-    assert packed
+    assert packed > quick > 0
+
+
+def same(one: TaskAdapter, other: TaskAdapter) -> None:
+    """To the bit, but for what they take."""
+    assert (one.task, one.config, one.labels) == (other.task, other.config, other.labels)
+    assert [part.method for part in one.weights.parts] == [part.method for part in other.weights.parts]
+    assert (one.weights.alone, one.weights.form, one.weights.framing) == (
+        other.weights.alone,
+        other.weights.form,
+        other.weights.framing,
+    )
+    for own, part in zip(one.weights.parts, other.weights.parts, strict=True):
+        assert (own.sites.keys(), own.framing) == (part.sites.keys(), part.framing)
+        for site, weights in own.sites.items():
+            assert type(weights) is type(part.sites[site])
+            same_leaves(weights, part.sites[site])
+    assert type(one.head) is type(other.head)
+    same_leaves(one.head, other.head)
+
+
+def same_leaves(one: object, other: object) -> None:
+    for mine, theirs in zip(tree_leaves(one), tree_leaves(other), strict=True):
+        assert torch.equal(mine, theirs) if isinstance(mine, Tensor) else mine is theirs
 
 
 @pytest.mark.parametrize("family", FAMILIES)

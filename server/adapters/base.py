@@ -304,6 +304,12 @@ class AdapterWeights:
         framing = next((part.framing for part in bound if part.framing != Framing()), Framing())
         return cls(bound, shared, form, framing)
 
+    def at(self, sites: Sequence[Mapping[Site, Any]]) -> "AdapterWeights":
+        """The same with other weights at each part's sites."""
+        parts = zip(self.parts, sites, strict=True)
+        bound = tuple([BoundPart(part.method, own, part.framing) for part, own in parts])
+        return AdapterWeights(bound, self.alone, self.form, self.framing)
+
     @property
     def method(self) -> Method:
         """The method that names the adapter."""

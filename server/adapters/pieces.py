@@ -1,8 +1,9 @@
 """Where an adapter's numbers lie: all in one piece of memory, and how they get there."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -195,8 +196,6 @@ class Moves:
 
     def __init__(self, packing: Packing, dtypes: Sequence[torch.dtype], turned: Mapping[str, Turned]) -> None:
         """`dtypes`: in which each is used; `turned`: how, of those that are, by name."""
-        self.memory: int | None = None
-        """What an adapter takes that is bound to these tensors and needs no others; None where that is not known."""
         self._runs = _runs(packing, dtypes, turned)
         self._formats = list({run.dtype for run in self._runs})
 
@@ -261,3 +260,30 @@ def _replaced(value: Any, moved: Mapping[int, Tensor]) -> Any:
         inside = [_replaced(one, moved) for one in value]
         return type(value)(*inside) if hasattr(value, "_fields") else type(value)(inside)
     return {key: _replaced(one, moved) for key, one in value.items()} if isinstance(value, dict) else value
+
+
+def mould(bound: Any, tensors: Iterable[Tensor]) -> Callable[[Iterable[Tensor]], Any] | None:
+    """What makes of other tensors, in the same order, what `bound` is of these; None where it has any that is none of
+    these, or a part of one: then binding computes something."""
+    try:
+        pick = _picker(bound, {id(tensor): place for place, tensor in enumerate(tensors)})
+    except KeyError:
+        return None
+    return lambda others: pick([*others, None])
+
+
+def _picker(value: Any, places: Mapping[int, int]) -> Callable[[Sequence[Tensor | None]], Any]:
+    """Makes such a value of tensors, the last of which is None. Raises KeyError for a tensor that has no place."""
+    if isinstance(value, Tensor):
+        return itemgetter(places[id(value)])
+    if isinstance(value, _SEQUENCES):
+        make = type(value)._make if hasattr(value, "_make") else type(value)
+        if len(value) > 1 and all(one is None or isinstance(one, Tensor) for one in value):  # most are such ones
+            pick = itemgetter(*(-1 if one is None else places[id(one)] for one in value))
+            return lambda given: make(pick(given))
+        inside = [_picker(one, places) for one in value]
+        return lambda given: make([pick(given) for pick in inside])
+    if isinstance(value, dict):
+        items = [(key, _picker(one, places)) for key, one in value.items()]
+        return lambda given: {key: pick(given) for key, pick in items}
+    return lambda _: value

@@ -1,6 +1,6 @@
 """A whole adapter: a method's weights and a task's head. Serving and training both build it here."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -21,7 +21,7 @@ from server.adapters.base import (
     check_tensors,
     unrounded,
 )
-from server.adapters.pieces import Moves, compacted, in_one_piece, memory
+from server.adapters.pieces import Moves, compacted, in_one_piece, memory, mould
 from server.core import BackboneSpec, Options, Prediction, SiteKind, TextInput, WindowPooling
 from server.errors import InvalidAdapter
 from server.packed import Packed, Packing
@@ -64,9 +64,33 @@ class TaskAdapter:
         if moved is spread:
             return replace(self, nbytes=nbytes)
         sites, head = moved
-        parts = tuple(replace(part, sites=own) for part, own in zip(self.weights.parts, sites, strict=True))
-        weights = replace(self.weights, parts=parts)
-        return replace(self, weights=weights, head=head, nbytes=nbytes)
+        return replace(self, weights=self.weights.at(sites), head=head, nbytes=nbytes)
+
+    def mould(self, tensors: Iterable[Tensor]) -> "Cast | None":
+        """What makes of other tensors, in the same order, an adapter like this one; see pieces.mould."""
+        pick = mould(([part.sites for part in self.weights.parts], self.head), tensors)
+        if pick is None:
+            return None
+        bare = replace(self, weights=self.weights.at([{} for _ in self.weights.parts]), head=None, labels=())
+
+        def cast(others: Iterable[Tensor], labels: tuple[str, ...]) -> TaskAdapter:
+            sites, head = pick(others)
+            return TaskAdapter(bare.weights.at(sites), bare.task, bare.config, head, labels, bare.nbytes)
+
+        return cast
+
+
+Cast = Callable[[Iterable[Tensor], tuple[str, ...]], TaskAdapter]
+"""Tensors and labels to an adapter."""
+
+
+@dataclass(slots=True)
+class _Way:
+    """From files that lie alike to adapters."""
+
+    moves: Moves
+    cast: Cast | None = None
+    """None where it is not known yet, or where binding computes something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +104,10 @@ class Blueprint:
     spec: BackboneSpec
     _fits: WeakSet[Packing] = field(default_factory=WeakSet, compare=False, repr=False)
     """Files whose tensors have the names, shapes and number formats that are needed."""
-    _moves: WeakKeyDictionary[Packing, dict[torch.dtype, Moves]] = field(
+    _ways: WeakKeyDictionary[Packing, dict[torch.dtype, _Way]] = field(
         default_factory=WeakKeyDictionary, compare=False, repr=False
     )
-    """By the number format of the backbone."""
+    """How files become adapters, by the number format of the backbone."""
 
     @classmethod
     def check(
@@ -199,22 +223,22 @@ class Blueprint:
 
     def loads_quickly(self, tensors: Mapping[str, Tensor], host: Host) -> bool:
         """Whether `load` only moves numbers: how, another file that lies alike has shown, and nothing is computed."""
-        moves = self._moves.get(tensors.packing, {}).get(host.dtype) if isinstance(tensors, Packed) else None
-        return moves is not None and moves.memory is not None
+        way = self._ways.get(tensors.packing, {}).get(host.dtype) if isinstance(tensors, Packed) else None
+        return way is not None and way.cast is not None
 
     def _moved(self, tensors: Packed, host: Host) -> TaskAdapter:
         """The same of those of a file. What is found out once holds for all files that lie alike."""
-        known = self._moves.setdefault(tensors.packing, {})
+        known = self._ways.setdefault(tensors.packing, {})
         if host.dtype not in known:
-            known[host.dtype] = Moves(tensors.packing, self._dtypes(tensors, host), self._turned())
-        moves = known[host.dtype]
-        placed = moves.made(tensors.numbers, host.device)
-        if moves.memory is not None:
-            return self._bound(placed, host, moves.memory)
+            known[host.dtype] = _Way(Moves(tensors.packing, self._dtypes(tensors, host), self._turned()))
+        way = known[host.dtype]
+        placed = way.moves.made(tensors.numbers, host.device)
+        if way.cast is not None:
+            return way.cast(placed.values(), self.labels)
         bound = self._bound(placed, host)
         whole = bound.compact(placed.values())
         if whole.weights is bound.weights:  # it was in one piece already
-            moves.memory = whole.nbytes
+            way.cast = whole.mould(placed.values())
         return whole
 
     def _turned(self) -> Mapping[str, Turned]:
@@ -222,10 +246,9 @@ class Blueprint:
         layouts = [part.layout(self.spec).turned for part in self.parts]
         return layouts[0] if len(layouts) == 1 else {name: how for layout in layouts for name, how in layout.items()}
 
-    def _bound(self, placed: Mapping[str, Tensor], host: Host, nbytes: int = 0) -> TaskAdapter:
-        """`nbytes`: the memory that it takes, where that is known already."""
+    def _bound(self, placed: Mapping[str, Tensor], host: Host) -> TaskAdapter:
         weights = AdapterWeights.of(self.parts, placed, host)
-        return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, nbytes)
+        return TaskAdapter(weights, self.task, self.head, self.task.bind(self.head, placed), self.labels, nbytes=0)
 
     def _dtypes(self, tensors: Mapping[str, Tensor], host: Host) -> list[torch.dtype]:
         """In which each of the tensors is used."""
