@@ -138,8 +138,8 @@ def traced(store: str, bert: Backbone, sampler: Sampler = SAMPLER, **settings: A
 
 
 @pytest.fixture
-def server(tmp_path: Path, bert: Backbone) -> Iterator[Traced]:
-    with traced(str(tmp_path / "store"), bert) as server:
+def server(tmp_path: Path, bert: Backbone, request: pytest.FixtureRequest) -> Iterator[Traced]:
+    with traced(str(tmp_path / "store"), bert, **getattr(request, "param", {})) as server:
         server.publish("one", 1)
         server.publish("two", 2, "ia3")
         yield server
@@ -325,6 +325,7 @@ def test_a_store_that_fails_is_seen_all_the_way_up(s3: FaultyS3, bert: Backbone)
         assert "compute" not in server.tree(request)
 
 
+@pytest.mark.parametrize("server", [{"streams": 1}], indirect=True)  # else another one may run it meanwhile
 def test_a_request_that_never_runs_has_waited(server: Traced, gate: threading.Event) -> None:
     server.warm_up("one")
     gate.clear()
