@@ -14,6 +14,7 @@ from server.engine.news import LONGEST_GAP_SECONDS
 from server.errors import CorruptVersion, StoreUnavailable, UnknownAdapter
 from server.store.announcements import KEPT, Announcements
 from server.store.artifact import Artifact, Manifest
+from server.store.objects import Objects
 from server.store.releases import Plan, Release
 from server.store.store import AdapterStore
 
@@ -22,14 +23,24 @@ ARTIFACTS = [Artifact.build(MANIFEST.model_copy(update={"source": source}), {}) 
 VERSIONS = [artifact.version for artifact in ARTIFACTS]
 
 
+class Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 class TimedAnnouncements(Announcements):
     """Announcements that go by the clock of a test, are counted, and fail when they are told to."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, objects: Objects, clock: Clock) -> None:
+        super().__init__(objects, clock)
         self.clock = clock
         self.made: list[tuple[float, str, int]] = []
         self.reads = 0
         self.failing = False
+        self.seconds = 0.0
+        """That a reading takes."""
 
     async def add(self, name: str, number: int) -> None:
         self.made.append((self.clock(), name, number))
@@ -38,6 +49,7 @@ class TimedAnnouncements(Announcements):
         self.reads += 1
         if self.failing:
             raise StoreUnavailable("gone")
+        self.clock.now += self.seconds
         return {name: number for _, name, number in self.made}
 
     async def sweep(self) -> None:
@@ -48,9 +60,9 @@ class TimedAnnouncements(Announcements):
 class FlakyStore(AdapterStore):
     """The real store in memory, which can be told to fail or hang, and counts its reads."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Clock) -> None:
         super().__init__(AdapterStore.open("memory://")._objects)
-        self.announcements: TimedAnnouncements = TimedAnnouncements(clock)
+        self.announcements: TimedAnnouncements = TimedAnnouncements(self._objects, clock)
         self.reads = 0
         self.failing = False
         self.hangs: asyncio.Event | None = None
@@ -62,13 +74,6 @@ class FlakyStore(AdapterStore):
         if self.failing:
             raise StoreUnavailable("gone")
         return await super().current(name, known)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Setting:
@@ -227,6 +232,23 @@ def test_after_a_pause_nothing_is_taken_for_granted() -> None:
         await one.release(1)
         one.store.announcements.made = []  # long ago
         one.clock.now += LONGEST_GAP_SECONDS + 1
+        assert await one.serves() == 1
+
+    asyncio.run(run())
+
+
+def test_after_a_reading_that_took_long_nothing_is_taken_for_granted() -> None:
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        await followed(one, 20, "sentiment")
+        await one.release(1)
+        one.store.announcements.made = []  # while the next reading is under way
+        one.store.announcements.seconds = LONGEST_GAP_SECONDS - 5
+        one.clock.now += 10  # each reading begins soon enough after the one before
+        await one.serves()
+        one.store.announcements.seconds = 0.0
+        one.clock.now += 3
         assert await one.serves() == 1
 
     asyncio.run(run())

@@ -1151,6 +1151,46 @@ def test_who_reads_announcements_removes_old_ones_though_nobody_makes_another(st
     asyncio.run(run())
 
 
+def test_one_announcement_of_the_future_makes_others_old_only_while_it_is_there(tmp_path: Path) -> None:
+    async def run() -> None:
+        now = [0.0]
+        announcements = Announcements(AdapterStore.open(str(tmp_path))._objects, lambda: now[0])
+        await announcements.add("ahead", 1)
+        at = time.time() + 300
+        os.utime(tmp_path / "_announced" / "ahead@1", (at, at))
+        await announcements.read()
+        (tmp_path / "_announced" / "ahead@1").unlink()
+        now[0] = 18_000.0
+        await announcements.add("a", 1)
+        assert await announcements.read() == {"a": 1}
+        assert not announcements.outdated
+        await announcements.sweep()
+        assert await announcements.read() == {"a": 1}
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(("seconds", "stays"), [(10, False), (100, True)])
+def test_a_release_that_was_long_in_the_making_is_announced_again(
+    store: Sync, monkeypatch: pytest.MonkeyPatch, seconds: int, stays: bool
+) -> None:
+    """Somebody may have read and removed what was announced before."""
+    version = store.put_version("a", artifact())
+    now, objects = [0.0], store.store._objects
+    create = objects.create
+
+    async def late(key: str, data: bytes) -> bool:
+        assert await store.store.announcements.read() == {"a": 1}
+        await objects.delete("_announced/a@1")
+        now[0] += seconds
+        return await create(key, data)
+
+    monkeypatch.setattr(store.store, "announcements", Announcements(objects, lambda: now[0]))
+    monkeypatch.setattr(objects, "create", late)
+    store.release("a", Plan.only(version), by="me")
+    assert (asyncio.run(store.store.announcements.read()) == {"a": 1}) is stays
+
+
 def test_a_store_that_refuses_to_remove_announcements_is_left_alone_for_a_while(
     store: Sync, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,7 +208,7 @@ class Catalog:
             raise
         self._failures.clear(_NEWS)
         if self._store.announcements.outdated:
-            self._sweeps.start(_NEWS, self._store.announcements.sweep)  # beside serving, whatever becomes of it
+            self._sweeps.start(_NEWS, self._store.announcements.sweep)  # beside serving
         for name, number in numbers.items():
             view = self._views.get(name)
             if view is not None and number > view.release.number and not view.behind:

@@ -24,8 +24,9 @@ class News:
         """What is announced now. Raises StoreUnavailable."""
         started = self._clock()
         numbers = await self._announcements.read()
-        if started - self.as_of > LONGEST_GAP_SECONDS:
-            self._since = started
+        ended = self._clock()
+        if ended - self.as_of > LONGEST_GAP_SECONDS:  # this one may itself have taken long
+            self._since = max(started, ended - LONGEST_GAP_SECONDS)
         self.as_of = started
         return numbers
 

@@ -10,7 +10,8 @@ its writer died, costs some readings in vain.
 import math
 import re
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from datetime import datetime, timedelta
 
 from server.errors import StoreUnavailable
@@ -21,7 +22,9 @@ KEPT = timedelta(minutes=1)
 """How long they stay at least, by the store's clock: a reader that has not listed them for that long may have missed
 some."""
 
-AT_ONCE = 1000
+LONGEST_MAKING_SECONDS = KEPT.total_seconds() / 4
+
+AT_ONCE = 100
 """Announcements that are removed together."""
 
 REFUSED_SECONDS = 600.0
@@ -43,11 +46,23 @@ class Announcements:
         self._clock = clock
         self._sweep_at = -math.inf
         self._newest: tuple[datetime, float] | None = None
-        """Of those that were there at some reading, and when that was: the store's clock has come as far since."""
+        """Of those that are there, and when this was listed first: the store's clock has come as far since."""
 
     async def add(self, name: str, number: int) -> None:
-        """A release with this number is about to be made, by whomever. Raises StoreUnavailable."""
+        """A release with this number is about to be made, by whomever; again, it stays as long again. Raises
+        StoreUnavailable."""
         await self._objects.put(f"{_FOLDER}/{check_name(name)}@{number}", b"\n")
+
+    @asynccontextmanager
+    async def announced(self, name: str, number: int) -> AsyncIterator[None]:
+        """Makes a release inside. One that was long in the making is announced once more: what was announced before may
+        be read and removed by then. Raises StoreUnavailable before it is made."""
+        await self.add(name, number)
+        began = self._clock()
+        yield
+        if self._clock() - began > LONGEST_MAKING_SECONDS:
+            with suppress(StoreUnavailable):
+                await self.add(name, number)
 
     async def read(self) -> dict[str, int]:
         """Names, each with the highest number that was announced for it."""
@@ -77,11 +92,7 @@ class Announcements:
         if not entries:
             return []
         newest, now = max(entry.modified_at for entry in entries), self._clock()
-        if self._newest is None or newest > self._reached(now, *self._newest):
+        if self._newest is None or newest != self._newest[0]:  # earlier, where one is gone that was of the future
             self._newest = newest, now
-        oldest = self._reached(now, *self._newest) - KEPT
+        oldest = newest + timedelta(seconds=now - self._newest[1]) - KEPT
         return [entry.key for entry in entries if entry.modified_at < oldest]
-
-    @staticmethod
-    def _reached(now: float, newest: datetime, listed_at: float) -> datetime:
-        return newest + timedelta(seconds=now - listed_at)

@@ -309,9 +309,9 @@ class AdapterStore:
             restores=restores,
             id=uuid4().hex,
         )
-        await self.announcements.add(name, release.number)
-        if not await self._objects.create(_release_key(name, release.number), release.file()):
-            raise Conflict(f"release {release.number} of adapter {name!r} was made by somebody else just now")
+        async with self.announcements.announced(name, release.number):
+            if not await self._objects.create(_release_key(name, release.number), release.file()):
+                raise Conflict(f"release {release.number} of adapter {name!r} was made by somebody else just now")
         try:
             await self._check_versions(name, plan, patience=PATIENCE_SECONDS)
         except UnknownVersion:
