@@ -1,19 +1,21 @@
 """How a version gets from the store's files to the device: on which thread, and in whose memory."""
 
 import asyncio
+import gc
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from helpers import make_artifact, make_blueprint, random_tensors, tiny_backbone
 
 from server.backbone.backbone import Backbone
-from server.engine.loading import Checked, Checker, Loader
+from server.engine import loading
+from server.engine.loading import KNOWN_BYTES_OF_ONE, Checked, Checker, Loader
 from server.errors import CorruptVersion
 from server.store.artifact import Artifact
 from server.store.report import Report
@@ -47,6 +49,15 @@ class Watched(Checker):
 def artifact(backbone: Backbone, method: str, options: Mapping[str, Any], seed: int) -> Artifact:
     blueprint = make_blueprint(backbone.spec, method, options)
     return make_artifact(blueprint, random_tensors(blueprint, seed, backbone))
+
+
+def proof_of(backbone: Backbone) -> Report:
+    """What a server would have found."""
+    return Report(
+        backbone=backbone.spec.name, fingerprint=backbone.spec.fingerprint, fingerprint_matched=True, device="cpu",
+        dtype=backbone.dtype_name, tensors=1, parameters=1, memory_bytes=1, golden=None, smoke_texts=1,
+        server="tests", checked_at=datetime.now(UTC),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("in_one_go", [True, False])
@@ -106,12 +117,7 @@ def test_what_was_in_memory_before_is_the_same_again_and_no_damage_is_served(hal
             nobody: Any = None
             loader = Loader(store, checker, nobody, pool)
             made = artifact(half, "lora", {"r": 8}, 0)
-            proof = Report(
-                backbone=half.spec.name, fingerprint=half.spec.fingerprint, fingerprint_matched=True, device="cpu",
-                dtype=half.dtype_name, tensors=1, parameters=1, memory_bytes=1, golden=None, smoke_texts=1,
-                server="tests", checked_at=datetime.now(UTC),
-            )  # fmt: skip
-            version = await store.put_version("a", made, proof)
+            version = await store.put_version("a", made, proof_of(half))
             first = await loader.bring_small("a", version, 1 << 20)
             manifest = tmp_path / "a" / "versions" / version / "manifest.json"
             manifest.rename(tmp_path / "aside")
@@ -125,5 +131,28 @@ def test_what_was_in_memory_before_is_the_same_again_and_no_damage_is_served(hal
             file.write_bytes(file.read_bytes()[:-1] + b"?")
             with pytest.raises(CorruptVersion, match=version):
                 await loader.bring_small("a", version, 1 << 20)
+
+    asyncio.run(run())
+
+
+def test_what_is_remembered_stays_in_its_budget_and_keeps_no_plans(
+    half: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "RECIPES", 2)
+    monkeypatch.setattr(loading, "KNOWN_BYTES", 4 * (KNOWN_BYTES_OF_ONE + 200))
+
+    async def run() -> None:
+        store, nobody = AdapterStore.open(str(tmp_path)), cast(Any, None)
+        with ThreadPoolExecutor(1) as pool:
+            loader = Loader(store, Checker(half), nobody, pool)
+            made = {alpha: artifact(half, "lora", {"r": 8, "lora_alpha": alpha}, alpha) for alpha in range(1, 9)}
+            versions = {alpha: await store.put_version("a", one, proof_of(half)) for alpha, one in made.items()}
+            for version in (*versions.values(), *versions.values()):
+                assert await loader.bring_small("a", version, 1 << 20) is not None
+            assert list(loader._known) == list(versions.values())[4:]
+            assert loader._known_bytes == sum(known.takes for known in loader._known.values())
+            gc.collect()
+            kept = [known.checked() is not None for known in loader._known.values()]
+            assert kept == [False, False, True, True]
 
     asyncio.run(run())

@@ -1,13 +1,15 @@
 """From the store to the device: each step, away from the event loop, with the proof that an adapter is one."""
 
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
+from weakref import ref
 
 from torch import Tensor
 
@@ -29,8 +31,11 @@ LONGEST_RECIPE = 16 * 1024
 RECIPES = 256
 """Kinds of adapters, by method, options and number of labels, whose plans are kept."""
 
-KNOWN = 4096
-"""Versions of which is remembered what was found out of them, the last ones loaded: half a kilobyte each."""
+KNOWN_BYTES = 3 * 2**20
+"""What is remembered of versions that have been loaded, of the last ones, may take so much."""
+
+KNOWN_BYTES_OF_ONE = 640
+"""What it takes, its labels aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,33 @@ class Checked:
     """What it has still to be proven with; None: a server has run it on this backbone, in this number format."""
     digest: bytes | None = None
     """The file's, where that has been compared with the version."""
+    kind: Blueprint | None = None
+    """The blueprint that all of its kind share, whatever their labels, while there are any."""
+
+
+class _Known(NamedTuple):
+    """What was found out of a proven version that has been here before. Of such a one, nothing but its tensors need be
+    read: they are the same if their digest is."""
+
+    kind: ref[Blueprint]
+    """Gone, where no plan is kept for its kind: there may be thousands of large ones."""
+    labels: tuple[str, ...]
+    nbytes: int
+    estimate: int
+    digest: bytes
+
+    @property
+    def takes(self) -> int:
+        """Bytes of memory."""
+        return KNOWN_BYTES_OF_ONE + sum(map(sys.getsizeof, self.labels))
+
+    def checked(self) -> Checked | None:
+        """The same as it was checked, without its tensors."""
+        kind = self.kind()
+        if kind is None:
+            return None
+        blueprint = kind.labelled(self.labels)
+        return Checked(blueprint, {}, self.nbytes, self.estimate, digest=self.digest, kind=kind)
 
 
 class Checker:
@@ -63,7 +95,8 @@ class Checker:
         also = [(part.method, part.config) for part in manifest.also]
         recipe = json.dumps([manifest.method, manifest.config, also, manifest.task, manifest.head])
         planned = self._blueprint if len(recipe) < LONGEST_RECIPE else self._planned
-        blueprint = planned(recipe, len(manifest.labels)).labelled(manifest.labels)
+        kind = planned(recipe, len(manifest.labels))
+        blueprint = kind.labelled(manifest.labels)
         proven = report is not None and self.covers(report)  # of these very bytes, which have been compared
         blueprint.check_tensors(artifact.tensors, finite=proven)
         return Checked(
@@ -73,6 +106,7 @@ class Checker:
             estimate=report.memory_bytes if report is not None and proven else self._estimated(artifact.tensors),
             unproven=None if proven else manifest,
             digest=artifact.tensor_digest,
+            kind=kind,
         )
 
     def _estimated(self, tensors: Mapping[str, Tensor]) -> int:
@@ -111,9 +145,8 @@ class Loader:
         self._checker = checker
         self._prover = prover
         self._threads = Together(executor)
-        self._known: OrderedDict[str, Checked] = OrderedDict()
-        """Proven versions that have been here before, without their tensors. Of such a one, nothing but these need be
-        read: they are the same if their digest is."""
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._known_bytes = 0
 
     async def open(self, name: str, version: str) -> OpenedVersion:
         """The version, whose size is known. Raises StoreUnavailable, UnknownVersion or CorruptVersion."""
@@ -136,8 +169,8 @@ class Loader:
         known = self._known.get(version)
         made: tuple[Checked, TaskAdapter | None] | None = None
         with _servable(name):
-            if known is not None and known.digest is not None and known.nbytes <= at_most:
-                again = partial(self._made_again, known)
+            if known is not None and known.nbytes <= at_most and (before := known.checked()) is not None:
+                again = partial(self._made_again, before)
                 made = await self._store.load_again(name, version, known.nbytes, known.digest, again)
             if made is None:
                 made = await self._store.load_small(name, version, at_most, self._made)
@@ -148,22 +181,24 @@ class Loader:
         return checked, adapter
 
     def _remember(self, version: str, checked: Checked) -> None:
-        if checked.unproven is not None:
+        if checked.unproven is not None or checked.digest is None or checked.kind is None:
             return
-        self._known.pop(version, None)
-        self._known[version] = replace(checked, tensors={})
-        if len(self._known) > KNOWN:
-            self._known.popitem(last=False)
+        forgotten = self._known.pop(version, None)
+        known = _Known(ref(checked.kind), checked.blueprint.labels, checked.nbytes, checked.estimate, checked.digest)
+        self._known[version] = known
+        self._known_bytes += known.takes - (forgotten.takes if forgotten else 0)
+        while self._known_bytes > KNOWN_BYTES:
+            self._known_bytes -= self._known.popitem(last=False)[1].takes
 
     def _made(self, artifact: Artifact) -> tuple[Checked, TaskAdapter | None]:
         """What another thread does than the event loop's; None: `_whole` does the rest."""
         processors.use_one()  # the thread may be the store's
         return self._begun(self._checker.check(artifact))
 
-    def _made_again(self, known: Checked, tensors: Mapping[str, Tensor]) -> tuple[Checked, TaskAdapter | None]:
+    def _made_again(self, before: Checked, tensors: Mapping[str, Tensor]) -> tuple[Checked, TaskAdapter | None]:
         """The same from the very tensors that have been checked before."""
         processors.use_one()
-        return self._begun(replace(known, tensors=tensors))
+        return self._begun(replace(before, tensors=tensors))
 
     def _begun(self, checked: Checked) -> tuple[Checked, TaskAdapter | None]:
         return checked, None if self._checker.binds_quickly(checked) else self._checker.bind(checked)

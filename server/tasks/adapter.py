@@ -93,7 +93,7 @@ class _Way:
     """None where it is not known yet, or where binding computes something."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, weakref_slot=True)
 class Blueprint:
     """An adapter without its numbers, known to fit a backbone."""
 
