@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine.catalog import REREAD_SECONDS, Catalog
-from server.engine.news import LONGEST_GAP_SECONDS
+from server.engine.news import LONGEST_GAP_SECONDS, News
 from server.errors import CorruptVersion, StoreUnavailable, UnknownAdapter
 from server.store.announcements import KEPT, Announcements
 from server.store.artifact import Artifact, Manifest
@@ -237,19 +237,18 @@ def test_after_a_pause_nothing_is_taken_for_granted() -> None:
     asyncio.run(run())
 
 
-def test_after_a_reading_that_took_long_nothing_is_taken_for_granted() -> None:
+@pytest.mark.parametrize(("seconds", "covered"), [(5, True), (LONGEST_GAP_SECONDS - 5, False)])
+def test_what_came_while_a_reading_took_long_may_be_missed(seconds: float, covered: bool) -> None:
     async def run() -> None:
-        one = Setting()
-        await one.release(0)
-        await followed(one, 20, "sentiment")
-        await one.release(1)
-        one.store.announcements.made = []  # while the next reading is under way
-        one.store.announcements.seconds = LONGEST_GAP_SECONDS - 5
-        one.clock.now += 10  # each reading begins soon enough after the one before
-        await one.serves()
-        one.store.announcements.seconds = 0.0
-        one.clock.now += 3
-        assert await one.serves() == 1
+        clock = Clock()
+        announcements = TimedAnnouncements(AdapterStore.open("memory://")._objects, clock)
+        news = News(announcements, clock)
+        await news.read()
+        clock.now += 10  # each reading begins soon enough after the one before
+        announcements.seconds = seconds
+        await news.read()
+        assert news.covers(0.0) is covered
+        assert news.covers(clock.now)
 
     asyncio.run(run())
 
