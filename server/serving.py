@@ -193,10 +193,10 @@ def _share_processors(backbone: Backbone) -> None:
     # Tokenizers' own threads look for texts all the time, on the processors of the device's threads, which have twenty
     # times as much to do with each text.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if backbone.dtype == torch.float32 and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
+    if backbone.dtype == torch.float32 and torch.backends.mkl.is_available():
         # MKL multiplies. All that oneDNN computes is GELU, in two thirds of the time, which is a hundredth of a
         # forward's; and it keeps 35 kB for each number of rows that there has been, up to a thousand.
-        torch.backends.mkldnn.set_flags(_enabled=False)  # type: ignore[no-untyped-call]
+        torch.backends.mkldnn.set_flags(_enabled=False)
 
 
 def run(settings: Settings) -> int:
