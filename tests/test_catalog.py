@@ -273,7 +273,7 @@ def test_without_announcements_each_adapter_is_read() -> None:
     asyncio.run(run())
 
 
-def test_a_release_that_nobody_announced_is_seen_after_a_minute() -> None:
+def test_a_release_that_nobody_announced_is_seen_in_the_end() -> None:
     async def run() -> None:
         one = Setting()
         await one.release(0)
@@ -299,6 +299,26 @@ def test_old_announcements_are_swept_beside_serving() -> None:
         assert len(announcements.made) == 1
 
     asyncio.run(run())
+
+
+def test_announcements_that_cannot_be_removed_are_spoken_of(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def refused() -> None:
+        raise StoreUnavailable("nobody may delete here")
+
+    async def run() -> None:
+        one = Setting()
+        await one.release(0)
+        monkeypatch.setattr(one.store.announcements, "sweep", refused)
+        await followed(one, 5, "sentiment")
+        one.store.announcements.outdated = True
+        await followed(one, 10, "sentiment")
+        assert await one.serves() == 0
+
+    with caplog.at_level("WARNING", logger="adapterd.catalog"):
+        asyncio.run(run())
+    assert "nobody may delete here" in caplog.text
 
 
 def test_a_release_that_waits_for_its_versions_is_tried_at_each_poll() -> None:

@@ -208,12 +208,18 @@ class Catalog:
             raise
         self._failures.clear(_NEWS)
         if self._store.announcements.outdated:
-            self._sweeps.start(_NEWS, self._store.announcements.sweep)  # beside serving
+            self._sweeps.start(_NEWS, self._sweep)  # beside serving
         for name, number in numbers.items():
             view = self._views.get(name)
             if view is not None and number > view.release.number and not view.behind:
                 held = max(view.read_at, before) if self._news.covers(view.read_at) else view.read_at
                 self._views[name] = replace(view, read_at=held, behind=True)
+
+    async def _sweep(self) -> None:
+        try:
+            await self._store.announcements.sweep()
+        except AdapterdError as error:  # all that are left are listed each time
+            log.warning("old announcements cannot be removed from the store", error=error.message)
 
     async def _read(self, name: str) -> Release | None:
         view = self._views.get(name)

@@ -23,9 +23,10 @@ KEPT = timedelta(minutes=1)
 some."""
 
 LONGEST_MAKING_SECONDS = KEPT.total_seconds() / 4
+"""How long a release may take from its announcement until it is made, without another one."""
 
 AT_ONCE = 100
-"""Announcements that are removed together."""
+"""Announcements that are removed together: some stores remove one after the other, and have to be done in time."""
 
 REFUSED_SECONDS = 600.0
 """How long nothing is removed after the store has refused to."""
