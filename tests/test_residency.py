@@ -48,7 +48,7 @@ class Source:
 
     async def check(self, name: str, opened: OpenedVersion) -> Checked:
         self.checked[opened.version] += 1
-        return Checked(None, {}, nbytes=FILE_BYTES, estimate=NBYTES)
+        return Checked(None, None, {}, nbytes=FILE_BYTES, estimate=NBYTES)
 
     async def bring(self, name: str, opened: OpenedVersion) -> tuple[Checked, TaskAdapter]:
         checked = await self.check(name, opened)

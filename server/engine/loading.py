@@ -31,17 +31,19 @@ LONGEST_RECIPE = 16 * 1024
 RECIPES = 256
 """Kinds of adapters, by method, options and number of labels, whose plans are kept."""
 
-KNOWN_BYTES = 3 * 2**20
+KNOWN_BYTES = 2_500_000
 """What is remembered of versions that have been loaded, of the last ones, may take so much."""
 
-KNOWN_BYTES_OF_ONE = 640
-"""What it takes, its labels aside."""
+KNOWN_BYTES_OF_ONE = 480
+"""What it takes, its labels aside, as tracemalloc counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
     """An adapter in the host's memory that is known to fit the backbone, every tensor of it used."""
 
+    kind: Blueprint
+    """What all of its kind share, whatever their labels."""
     blueprint: Blueprint
     tensors: Mapping[str, Tensor]
     nbytes: int
@@ -52,8 +54,6 @@ class Checked:
     """What it has still to be proven with; None: a server has run it on this backbone, in this number format."""
     digest: bytes | None = None
     """The file's, where that has been compared with the version."""
-    kind: Blueprint | None = None
-    """The blueprint that all of its kind share, whatever their labels, while there are any."""
 
 
 class _Known(NamedTuple):
@@ -77,8 +77,7 @@ class _Known(NamedTuple):
         kind = self.kind()
         if kind is None:
             return None
-        blueprint = kind.labelled(self.labels)
-        return Checked(blueprint, {}, self.nbytes, self.estimate, digest=self.digest, kind=kind)
+        return Checked(kind, kind.labelled(self.labels), {}, self.nbytes, self.estimate, digest=self.digest)
 
 
 class Checker:
@@ -100,13 +99,13 @@ class Checker:
         proven = report is not None and self.covers(report)  # of these very bytes, which have been compared
         blueprint.check_tensors(artifact.tensors, finite=proven)
         return Checked(
+            kind,
             blueprint,
             artifact.tensors,
             nbytes=len(artifact.tensor_bytes),
             estimate=report.memory_bytes if report is not None and proven else self._estimated(artifact.tensors),
             unproven=None if proven else manifest,
             digest=artifact.tensor_digest,
-            kind=kind,
         )
 
     def _estimated(self, tensors: Mapping[str, Tensor]) -> int:
@@ -146,6 +145,7 @@ class Loader:
         self._prover = prover
         self._threads = Together(executor)
         self._known: OrderedDict[str, _Known] = OrderedDict()
+        """Versions, the one that was loaded last at the end."""
         self._known_bytes = 0
 
     async def open(self, name: str, version: str) -> OpenedVersion:
@@ -181,12 +181,13 @@ class Loader:
         return checked, adapter
 
     def _remember(self, version: str, checked: Checked) -> None:
-        if checked.unproven is not None or checked.digest is None or checked.kind is None:
+        if checked.unproven is not None or checked.digest is None:
             return
-        forgotten = self._known.pop(version, None)
         known = _Known(ref(checked.kind), checked.blueprint.labels, checked.nbytes, checked.estimate, checked.digest)
+        if version not in self._known:  # what is named by its content takes as much each time
+            self._known_bytes += known.takes
         self._known[version] = known
-        self._known_bytes += known.takes - (forgotten.takes if forgotten else 0)
+        self._known.move_to_end(version)
         while self._known_bytes > KNOWN_BYTES:
             self._known_bytes -= self._known.popitem(last=False)[1].takes
 
